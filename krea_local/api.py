@@ -1,0 +1,226 @@
+"""The public functions: `load`, `txt2img`, `img2img`.
+
+Imports torch only when called, so that `import krea_local` stays instant.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, get_args
+
+from krea_local.errors import DeviceUnavailable, InvalidRequest
+from krea_local.safety import THRESHOLD
+from krea_local.schema import (
+    Acceleration,
+    ImageSize,
+    ImageSizePreset,
+    ImageSource,
+    Img2ImgRequest,
+    OutputFormat,
+    Txt2ImgRequest,
+    documented,
+)
+from krea_local.weights import MODEL_VARIABLE, SAFETY_CHECKER_REPO
+
+if TYPE_CHECKING:
+    import torch
+
+    from krea_local.pipeline import Krea
+    from krea_local.progress import OnStep
+    from krea_local.result import Result
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    offload: str = "none",
+    acceleration: str = "none",
+    safety_checker: str | os.PathLike[str] = SAFETY_CHECKER_REPO,
+    safety_threshold: float = THRESHOLD,
+    batch_size: int = 1,
+    progress: bool = True,
+    token: str | None = None,
+) -> Krea:
+    """Read a checkpoint onto the GPU: about 34 GB in bfloat16, 12 B transformer and T5 included.
+
+    Args:
+        model: "tiny" (built in, random weights); a folder in the diffusers layout; "krea", "dev" or
+            "srpo"; or a hub id, which is fetched if it is not in the hub's cache. None: what the
+            variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the cache holds it.
+        device: "cuda", "cuda:1", "cpu"; "auto" is CUDA if there is a GPU, else the CPU.
+        dtype: "bfloat16", "float32"; "auto" is bfloat16 on CUDA, float32 on the CPU.
+        offload: "none" keeps all on the GPU, about 34 GiB at 1 megapixel; "model" lets encoders,
+            transformer and VAE take turns there, about 23 GiB.
+        acceleration: "none", "regular" or "high", for calls that name none.
+        safety_checker: a folder or hub id. A checkpoint folder's own `safety_checker/` goes first.
+            It is read before the first picture that is screened, and fetched only if the model
+            itself was named by hub id.
+        safety_threshold: an image is flagged where its probability of "nsfw" is above; 0 … 1.
+        batch_size: images of a call that are denoised together, 1 … 4; see `Krea`.
+        progress: show bars on standard error, where that is a terminal.
+        token: the hub's access token; by default HF_TOKEN or the one `hf auth login` saved.
+
+    Raises:
+        WeightsNotFound: a component is missing (weights.md says where to get it).
+        LicenceRequired: the hub wants its licence accepted.
+        WeightsInvalid: a file is truncated, of the wrong shape, or a pickle.
+        UnsupportedModel: a checkpoint of another architecture.
+        DeviceUnavailable: no such device.
+        OutOfMemory: it does not fit onto the GPU.
+        InvalidRequest: a parameter that is none of the above.
+    """
+    _check_one_of("acceleration", acceleration, get_args(Acceleration))
+    if not 0 <= safety_threshold <= 1:
+        raise InvalidRequest(f"safety_threshold={safety_threshold!r}: should be between 0 and 1")
+    if batch_size not in (1, 2, 3, 4):
+        raise InvalidRequest(f"batch_size={batch_size!r}: should be 1, 2, 3 or 4")
+    import torch
+
+    from krea_local import loading, memory, weights
+    from krea_local.pipeline import Krea
+    from krea_local.progress import Bar
+    from krea_local.safety import SafetyChecker
+
+    plan = memory.check_offload(offload)
+    place = _device(device)
+    number = _dtype(dtype, place)
+    checkpoint = weights.find(model, token=token)
+    loading.check_layout(checkpoint)
+    bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
+    home = place if plan == "none" else torch.device("cpu")
+    try:
+        with memory.explained_out_of_memory("load with offload='model', or free the GPU"):
+            models = loading.load_models(
+                checkpoint, dtype=number, device=home, on_bytes=bar.advance
+            )
+    finally:
+        bar.close()
+
+    def load_safety_checker() -> SafetyChecker:
+        folder = weights.find_safety_checker(checkpoint, safety_checker)
+        return SafetyChecker(folder, device=place, threshold=safety_threshold)
+
+    return Krea(
+        models,
+        device=place,
+        label=checkpoint.label,
+        guidance_scale=checkpoint.family.guidance_scale,
+        acceleration=acceleration,  # type: ignore[arg-type]  # checked above
+        offload=plan,
+        load_safety_checker=load_safety_checker,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+@documented(Txt2ImgRequest)
+def txt2img(
+    prompt: str,
+    *,
+    image_size: ImageSizePreset | ImageSize | dict[str, int] = "landscape_4_3",
+    num_inference_steps: int = 28,
+    seed: int | None = None,
+    guidance_scale: float | None = None,
+    sync_mode: bool = False,
+    num_images: int = 1,
+    enable_safety_checker: bool = True,
+    output_format: OutputFormat = "jpeg",
+    acceleration: Acceleration | None = None,
+    model: str | os.PathLike[str] | None = None,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Draw pictures of `prompt` with `model`, which is loaded at the first call and kept.
+
+    `model` is as in `load`, which has more to choose from. Raises as `load` and `Krea.txt2img` do.
+    """
+    request = Txt2ImgRequest.from_call(locals())
+    return _kept(model).run(request, on_step=on_step, stacklevel=3)
+
+
+@documented(Img2ImgRequest)
+def img2img(
+    prompt: str,
+    *,
+    image_url: ImageSource,
+    strength: float = 0.95,
+    num_inference_steps: int = 40,
+    seed: int | None = None,
+    guidance_scale: float | None = None,
+    sync_mode: bool = False,
+    num_images: int = 1,
+    enable_safety_checker: bool = True,
+    output_format: OutputFormat = "jpeg",
+    acceleration: Acceleration | None = None,
+    model: str | os.PathLike[str] | None = None,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Redraw an image after `prompt` with `model`, which is loaded at the first call and kept.
+
+    `model` is as in `load`, which has more to choose from. Raises as `load` and `Krea.img2img` do.
+    """
+    request = Img2ImgRequest.from_call(locals())
+    return _kept(model).run(request, on_step=on_step, stacklevel=3)
+
+
+# The one model that `txt2img` and `img2img` keep between calls, by the name it was asked for.
+_kept_models: dict[str, Krea] = {}
+_keeping = threading.Lock()
+
+
+def _kept(model: str | os.PathLike[str] | None) -> Krea:
+    name = os.fspath(model) if model is not None else os.environ.get(MODEL_VARIABLE, "")
+    with _keeping:
+        if name not in _kept_models:
+            _kept_models.clear()  # first, so that two models never share the GPU
+            _kept_models[name] = load(name or None)
+        return _kept_models[name]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidRequest(
+            f"device={device!r}: should be 'auto', 'cuda', 'cuda:N' or 'cpu'"
+        ) from error
+    if place.type == "cpu":
+        return place
+    if place.type != "cuda":
+        raise DeviceUnavailable(f"device={str(place)!r}: only 'cuda' and 'cpu' are supported")
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else " (this PyTorch is built without CUDA)"
+        raise DeviceUnavailable(
+            f"device={str(place)!r}: no CUDA GPU is there{built}; `krea-local info` shows what is, "
+            "device='cpu' works without one"
+        )
+    count = torch.cuda.device_count()
+    if place.index is not None and place.index >= count:
+        raise DeviceUnavailable(f"device={str(place)!r}: there are {count} GPUs, from cuda:0")
+    return place
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    import torch
+
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    number = known.get(dtype) if isinstance(dtype, str) else dtype
+    if number is None or number not in known.values():
+        raise InvalidRequest(
+            f"dtype={str(dtype)!r}: should be 'auto', 'bfloat16' or 'float32' (T5-XXL overflows in "
+            "float16)"
+        )
+    return number
+
+
+def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidRequest(f"{name}={value!r}: should be one of {', '.join(map(repr, allowed))}")

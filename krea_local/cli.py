@@ -1,0 +1,392 @@
+"""The command `krea-local`: txt2img, img2img, tiny, info.
+
+Flags, bounds and help come from the fields of `schema`. Built on argparse: a library that reads
+pydantic models needed 0.44 s for `--help`, this needs half of that. The only module that prints.
+Nothing heavy is imported before the arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
+
+from krea_local._version import __version__
+from krea_local.errors import (
+    Cancelled,
+    DeviceError,
+    InvalidRequest,
+    KreaError,
+    KreaWarning,
+    WeightsError,
+)
+from krea_local.schema import (
+    Acceleration,
+    ImageSize,
+    Img2ImgRequest,
+    OutputFormat,
+    Txt2ImgRequest,
+    describe_limits,
+)
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from krea_local.pipeline import Krea
+    from krea_local.result import Result
+
+Request = Txt2ImgRequest | Img2ImgRequest
+OK, FAILED, USAGE, WEIGHTS, GPU, FILTERED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+EXIT_CODES = """exit codes:
+  0 ok    1 failed    2 usage    3 weights or licence    4 GPU
+  5 every image was filtered    6 some of several prompts failed    130 interrupted"""
+EXTENSIONS = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
+# Fields of the API's JSON that say nothing to a command line: the prompt is positional, and
+# sync_mode is about URLs in a response.
+NOT_FLAGS = ("prompt", "sync_mode")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Args:
+        arguments: without the program's name; by default those of the process.
+    """
+    try:
+        parsed = _parser().parse_args(arguments)
+    except SystemExit as exit_:  # argparse has printed help or the usage error
+        return int(exit_.code or 0)
+    run: Callable[[argparse.Namespace], int] = parsed.run
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", KreaWarning)
+            warnings.showwarning = _show_warning
+            return run(parsed)
+    except (KeyboardInterrupt, Cancelled):
+        print("krea-local: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except KreaError as error:
+        return _report(error, as_json=getattr(parsed, "json", False))
+    except BrokenPipeError:  # `krea-local … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def exit_code(error: KreaError) -> int:
+    """The exit code that an error ends the command with."""
+    for kind, code in ((InvalidRequest, USAGE), (WeightsError, WEIGHTS), (DeviceError, GPU)):
+        if isinstance(error, kind):
+            return code
+    return FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="krea-local",
+        description="FLUX.1 Krea [dev] on your own GPU.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"krea_local {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, request, text in (
+        ("txt2img", Txt2ImgRequest, "Draw pictures of a prompt."),
+        ("img2img", Img2ImgRequest, "Redraw a picture after a prompt."),
+    ):
+        command = _command(commands, name, text, _generate)
+        command.set_defaults(request=request, command=name)
+        _add_request(command, request)
+        _add_sources(command)
+        _add_loading(command)
+    tiny = _command(commands, "tiny", "Write the tiny random-weight checkpoint to a folder.", _tiny)
+    tiny.add_argument("folder", metavar="DIR", type=Path, help="an empty or new folder")
+    info = _command(commands, "info", "Show versions, GPUs, and what would fit on them.", _info)
+    info.add_argument("--json", action="store_true", help="one line of JSON on standard output")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given is not there, so defaults stay one
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_request(command: argparse.ArgumentParser, request: type[Request]) -> None:
+    command.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help=request.model_fields["prompt"].description
+    )
+    group = command.add_argument_group("picture")
+    for name, field in request.model_fields.items():
+        if name in NOT_FLAGS:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, dest=name, help=_help(name, field)
+            )
+        else:
+            group.add_argument(flag, dest=name, metavar=_metavar(name), help=_help(name, field))
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("input and output")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line, each drawn with all other flags; - is standard input",
+    )
+    group.add_argument(
+        "--from",
+        dest="recipe",
+        metavar="PICTURE",
+        help="repeat a picture that krea_local made; flags given besides win",
+    )
+    group.add_argument(
+        "--output",
+        metavar="PATH",
+        help="a .jpeg or .png file, overwritten if it is there, or a folder for new files "
+        "(default: new files here, named after the prompt)",
+    )
+    group.add_argument(
+        "--json", action="store_true", help="one line of JSON a prompt on standard output"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bar, no notices")
+
+
+def _add_loading(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        help='"tiny" (built in, random weights), a folder, "krea", "dev", "srpo" or a hub id, '
+        "which is fetched if need be (default: $KREA_LOCAL_MODEL, else FLUX.1 Krea [dev] if it is "
+        "in the hub's cache)",
+    )
+    group.add_argument("--device", help='"cuda", "cuda:1", "cpu" (default: CUDA if there is a GPU)')
+    group.add_argument(
+        "--dtype", help='"bfloat16" or "float32" (default: bfloat16 on CUDA, float32 on the CPU)'
+    )
+    group.add_argument(
+        "--offload",
+        help='"none": all on the GPU, about 34 GiB; "model": models take turns, about 23 GiB '
+        "(default: none)",
+    )
+    group.add_argument(
+        "--safety-checker", metavar="MODEL", help="folder or hub id of another NSFW checker"
+    )
+    group.add_argument(
+        "--safety-threshold",
+        type=float,
+        metavar="P",
+        help="flag an image where P(nsfw) is above this (default: 0.5)",
+    )
+
+
+def _metavar(name: str) -> str:
+    choices = {"output_format": get_args(OutputFormat), "acceleration": get_args(Acceleration)}
+    return "|".join(choices[name]) if name in choices else name.rsplit("_", 1)[-1].upper()
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    return f"{field.description}{describe_limits(name, field)}".replace("%", "%%")
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    given = vars(parsed)
+    if given.get("quiet"):
+        warnings.simplefilter("ignore", KreaWarning)
+    arguments, model = _from_recipe(given) if "recipe" in given else ({}, None)
+    flags = {name: given[name] for name in parsed.request.model_fields if name in given}
+    if "image_size" in flags:
+        flags["image_size"] = _image_size(flags["image_size"])
+    arguments |= flags
+    if "model" in given:
+        model = given["model"]
+    target, output_format = _target(given.get("output"), flags.get("output_format"))
+    if output_format:
+        arguments["output_format"] = output_format
+    requests = [
+        parsed.request.parse({**arguments, **prompt}, text=True)
+        for prompt in _prompts(given, arguments)
+    ]
+    krea = _load(given, model)
+    codes = []
+    for request in requests:
+        try:
+            codes.append(_draw(krea, request, target, as_json="json" in given))
+        except KreaError as error:
+            if len(requests) == 1 or isinstance(error, Cancelled):
+                raise
+            codes.append(_report(error, as_json="json" in given))
+    failed = [code for code in codes if code not in (OK, FILTERED)]
+    if failed:
+        return failed[0] if len(failed) == len(codes) else SOME_FAILED
+    return FILTERED if FILTERED in codes and OK not in codes else OK
+
+
+def _load(given: dict[str, Any], model: str | None) -> Krea:
+    from krea_local.api import load
+
+    names = ("device", "dtype", "offload", "safety_checker", "safety_threshold")
+    options = {name: given[name] for name in names if name in given}
+    return load(model, progress="quiet" not in given, **options)
+
+
+def _draw(krea: Krea, request: Request, target: Path | None, *, as_json: bool) -> int:
+    result = krea.run(request)
+    files = _write(result, target)
+    if as_json:
+        answer = result.to_api(sync_mode=True)
+        for image, file in zip(answer["images"], files, strict=True):
+            image["url"] = file.absolute().as_uri()
+            image["file"] = str(file)
+        answer |= {"model": krea.label, "notices": list(result.notices)}
+        print(json.dumps(answer), flush=True)
+    else:
+        for file, flagged in zip(files, result.has_nsfw_concepts, strict=True):
+            note = "  (filtered by the safety checker: black)" if flagged else ""
+            print(f"{file}{note}", flush=True)
+    return FILTERED if all(result.has_nsfw_concepts) else OK
+
+
+def _write(result: Result, target: Path | None) -> list[Path]:
+    """Write the pictures: to the named file, or as new files in the named folder or this one."""
+    if target is None or not target.suffix or target.is_dir():
+        return result.save(target or Path())
+    if len(result.images) > 1:
+        return result.save(target.parent, name=target.stem)
+    from krea_local.recipe import encode, write_atomically
+
+    write_atomically(encode(result.images[0], result.output_format), target, overwrite=True)
+    return [target]
+
+
+def _target(output: str | None, output_format: str | None) -> tuple[Path | None, str | None]:
+    """Where to write, and the format that the name asks for."""
+    if output is None:
+        return None, None
+    target = Path(output).expanduser()
+    if target.is_dir() or output.endswith(("/", os.sep)) or not target.suffix:
+        return target.with_suffix(""), None
+    named = EXTENSIONS.get(target.suffix.lower())
+    if named is None:
+        raise InvalidRequest(f"--output {output}: should be a .jpeg or .png file, or a folder")
+    if output_format not in (None, named):
+        raise InvalidRequest(
+            f"--output {output} is a {named}, --output-format says {output_format}"
+        )
+    return target, named
+
+
+def _prompts(given: dict[str, Any], arguments: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """The prompt of each request: the one on the command line, or the lines of a file."""
+    if "prompts" not in given:
+        if "prompt" not in arguments:
+            raise InvalidRequest("a PROMPT is required, or --prompts FILE, or --from PICTURE")
+        yield {}
+        return
+    if "prompt" in given:
+        raise InvalidRequest("give a PROMPT or --prompts, not both")
+    name = given["prompts"]
+    try:
+        stream: IO[str] = sys.stdin if name == "-" else open(name, encoding="utf-8")  # noqa: SIM115
+        with stream:
+            lines = [line.strip() for line in stream]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidRequest(f"--prompts {name}: cannot be read: {reason}") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise InvalidRequest(f"--prompts {name}: holds no prompts")
+    yield from ({"prompt": prompt} for prompt in prompts)
+
+
+def _image_size(text: str) -> str | ImageSize | dict[str, str]:
+    match = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*", text)
+    return {"width": match[1], "height": match[2]} if match else text
+
+
+def _from_recipe(given: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The arguments that a picture was made with, and its model where that can be found again."""
+    from krea_local.images import open_image
+    from krea_local.recipe import read_recipe
+
+    name = given["recipe"]
+    recipe = read_recipe(name)
+    command = "img2img" if "image_sha256" in recipe else "txt2img"
+    if command != given["command"]:
+        raise InvalidRequest(f"--from {name}: was made by {command}; use krea-local {command}")
+    if recipe.get("prompt_is_cut") and "prompt" not in given:
+        raise InvalidRequest(f"--from {name}: its prompt was too long to keep: give it again")
+    if command == "img2img":
+        if "image_url" not in given:
+            origin = recipe.get("image_name") or "an unnamed image"
+            raise InvalidRequest(f"--from {name}: redrew {origin}; give that as --image-url")
+        if open_image(given["image_url"]).sha256 != recipe["image_sha256"]:
+            warnings.warn(
+                f"--image-url {given['image_url']} is not the image that {name} was made from",
+                KreaWarning,
+                stacklevel=1,
+            )
+    version = f"krea_local {__version__}"
+    if recipe.get("version") != version:
+        warnings.warn(
+            f"{name} was made by {recipe.get('version')}, this is {version}: details may differ",
+            KreaWarning,
+            stacklevel=1,
+        )
+    fields = given["request"].model_fields
+    arguments = {field: recipe[field] for field in fields if field in recipe}
+    label = recipe.get("model", "")
+    return arguments, label if label == "tiny" or "/" in label else None
+
+
+def _tiny(parsed: argparse.Namespace) -> int:
+    from krea_local.tiny import write_tiny
+
+    print(write_tiny(parsed.folder.expanduser()))
+    return OK
+
+
+def _info(parsed: argparse.Namespace) -> int:
+    from krea_local.info import describe, gather
+
+    facts = gather()
+    print(json.dumps(facts) if "json" in vars(parsed) else describe(facts))
+    return OK
+
+
+def _report(error: KreaError, *, as_json: bool) -> int:
+    """One line for people on standard error; with --json one for programs on standard output."""
+    code = exit_code(error)
+    message = " ".join(str(error).split())
+    print(f"krea-local: {message}", file=sys.stderr)
+    if as_json:
+        fault = {"type": type(error).__name__, "message": message, "exit_code": code}
+        print(json.dumps({"error": fault}), flush=True)
+    return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, KreaWarning):
+        print(f"krea-local: note: {message}", file=sys.stderr)

@@ -1,0 +1,105 @@
+"""What is on this machine: versions, GPUs, weights, and what would fit where.
+
+Knows nothing of requests or of how pictures are made.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from krea_local import weights
+from krea_local._version import __version__
+from krea_local.errors import KreaError
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "pillow",
+)
+
+
+def gather() -> dict[str, Any]:
+    """Facts of this machine, as JSON can hold them."""
+    import torch
+
+    return {
+        "versions": versions(),
+        "cuda": torch.version.cuda,
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "model": _found(lambda: weights.find().label),
+        "safety_checker": _found(
+            lambda: str(weights.find_safety_checker(weights.find(), weights.SAFETY_CHECKER_REPO))
+        ),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of krea_local, Python and the packages that pictures depend on."""
+    found = {"krea_local": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts, for people."""
+    lines = [f"{name:16} {version}" for name, version in facts["versions"].items()]
+    lines.append(f"{'CUDA':16} {facts['cuda'] or 'this PyTorch is built without CUDA'}")
+    if not facts["gpus"]:
+        lines.append(f"{'GPU':16} none is seen; model 'tiny' runs on the CPU")
+    for gpu in facts["gpus"]:
+        lines.append(
+            f"{'GPU ' + str(gpu['index']):16} {gpu['name']}, {gpu['free_gib']:.1f} of "
+            f"{gpu['total_gib']:.1f} GiB free, compute capability {gpu['capability']}"
+        )
+        for offload, fit in gpu["fits"].items():
+            lines.append(f"{'':16}   offload={offload!r}: {fit}")
+    for name in ("model", "safety_checker"):
+        lines.append(f"{name:16} {facts[name]}")
+    return "\n".join(lines)
+
+
+def fits(free_gib: float) -> dict[str, str]:
+    """For each `offload`, whether the 12 B model in bfloat16 fits at 1 megapixel, and why not."""
+    from krea_local.memory import OFFLOADS, Footprint
+
+    needs = {offload: getattr(Footprint(), offload) for offload in OFFLOADS}
+    return {
+        offload: (
+            f"fits: needs about {need:.1f} GiB at 1 megapixel"
+            if need <= free_gib
+            else f"does not fit: needs about {need:.1f} GiB at 1 megapixel, {free_gib:.1f} are free"
+        )
+        for offload, need in needs.items()
+    }
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    free, total = (count / 2**30 for count in torch.cuda.mem_get_info(index))
+    return {
+        "index": index,
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "total_gib": round(total, 2),
+        "free_gib": round(free, 2),
+        "fits": fits(free),
+    }
+
+
+def _found(look: Any) -> str:
+    try:
+        return str(look())
+    except KreaError as error:
+        return f"none: {error}"

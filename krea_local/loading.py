@@ -1,0 +1,370 @@
+"""Check a checkpoint's files and read them into `Models`.
+
+Only safetensors are read, never pickles; no code from a checkpoint runs. Every file is compared
+with its own header, and every tensor with the model it is for. Knows nothing of requests, of the
+hub, or of how pictures are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from krea_local.errors import UnsupportedModel, WeightsError, WeightsInvalid, WeightsNotFound
+from krea_local.weights import COMPONENTS, FOLDERS, PICKLES, Checkpoint, other_model
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import (
+        CLIPTextModel,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        T5EncoderModel,
+    )
+
+    from krea_local.sampling import Shift
+
+OnBytes = Callable[[str, int], None]
+"""(component, bytes read since the last call), while a checkpoint is read."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parts of FLUX.1 [dev], ready to run: in evaluation mode, in one dtype."""
+
+    transformer: FluxTransformer2DModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_encoder_2: T5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_2: PreTrainedTokenizerBase
+    shift: Shift
+
+
+def load_models(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes | None = None,
+) -> Models:
+    """Read a checkpoint onto `device`: about 34 GB in bfloat16 for the 12 B model.
+
+    Raises:
+        WeightsNotFound: a component or one of its files is missing.
+        WeightsInvalid: a file is truncated, holds wrong tensors, or is a pickle.
+        UnsupportedModel: a checkpoint of another architecture.
+    """
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    folder = checkpoint.folder
+    check_layout(checkpoint)
+    shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
+    report = on_bytes or (lambda component, count: None)
+    tokenizer = _load_tokenizer(CLIPTokenizer, folder / "tokenizer")
+    tokenizer_2 = _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2")
+    transformer_files = (
+        [checkpoint.transformer_file]
+        if checkpoint.transformer_file
+        else weight_files(folder / "transformer")
+    )
+    text_encoder, text_encoder_2 = (
+        load_pretrained(kind, folder / name, dtype=dtype, device=device, on_bytes=report)
+        for kind, name in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
+    )
+    vae = _load_module(
+        AutoencoderKL, folder / "vae", weight_files(folder / "vae"), dtype, device, report
+    )
+    transformer = _load_module(
+        FluxTransformer2DModel, folder / "transformer", transformer_files, dtype, device, report
+    )
+    return Models(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        shift=shift,
+    )
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> int:
+    """The bytes of weights that `load_models` will read."""
+    own = checkpoint.transformer_file
+    files = [
+        file
+        for name in COMPONENTS
+        for file in (
+            [own] if own and name == "transformer" else weight_files(checkpoint.folder / name)
+        )
+    ]
+    return sum(file.stat().st_size for file in files)
+
+
+def check_layout(checkpoint: Checkpoint) -> None:
+    """See that every component is there and that the model is of our architecture.
+
+    Raises:
+        WeightsNotFound, UnsupportedModel, WeightsInvalid: as `load_models`.
+    """
+    folder = checkpoint.folder
+    index = folder / "model_index.json"
+    if index.exists():
+        _refuse_pipeline(str(_read_json(index).get("_class_name", "")), folder)
+    for name in FOLDERS:
+        if not (folder / name).is_dir():
+            raise WeightsNotFound(f"no {name}/ in {str(folder)!r}: weights.md says where to get it")
+    for name in COMPONENTS:
+        if not (folder / name / "config.json").exists():
+            raise WeightsNotFound(f"no config.json in {str(folder / name)!r}: weights.md shows it")
+        if name != "transformer" or checkpoint.transformer_file is None:
+            weight_files(folder / name)
+    config = _read_json(folder / "transformer" / "config.json")
+    kind = config.get("_class_name", "FluxTransformer2DModel")
+    if kind != "FluxTransformer2DModel":
+        raise UnsupportedModel(other_model(f"{str(folder)!r} holds a {kind}"))
+    if not config.get("guidance_embeds"):
+        raise UnsupportedModel(
+            other_model(f"{str(folder)!r} has no guidance embedding, like FLUX.1 [schnell]")
+        )
+    if config.get("in_channels") != 64:
+        raise UnsupportedModel(
+            other_model(
+                f"{str(folder)!r} takes {config.get('in_channels')} channels, unlike FLUX.1 [dev]"
+            )
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component: one, or the shards that its index names.
+
+    Raises:
+        WeightsNotFound: none, or a shard is missing.
+        WeightsInvalid: there are only pickles, or a file is truncated.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        shards = sorted(set(_read_json(indices[0]).get("weight_map", {}).values()))
+        files = [folder / shard for shard in shards]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+        if pickles:
+            raise WeightsInvalid(
+                f"{str(folder / pickles[0])!r} is a pickle, which can run any code: only "
+                ".safetensors are read; get that file, or convert it where you trust it"
+            )
+        raise WeightsNotFound(f"no .safetensors in {str(folder)!r}: weights.md lists the files")
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def check_safetensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Read a safetensors header and compare it with the file's length.
+
+    Returns:
+        Tensor name → {"dtype", "shape", "data_offsets"}.
+
+    Raises:
+        WeightsNotFound: no such file.
+        WeightsInvalid: truncated, a Git LFS pointer, or not safetensors.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start.startswith(b"version "):
+                raise WeightsInvalid(f"{str(file)!r} is a Git LFS pointer: run `git lfs pull`")
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, 100_000_000):
+                raise WeightsInvalid(
+                    f"{str(file)!r} is truncated or not safetensors: its header should take "
+                    f"{length:,} bytes, the file has {size:,}; fetch it again"
+                )
+            content = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise WeightsNotFound(f"no file {str(file)!r}: fetch it again") from error
+    except OSError as error:
+        raise WeightsNotFound(f"cannot read {str(file)!r}: {error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
+    header: dict[str, dict[str, Any]] = content
+    header.pop("__metadata__", None)
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if 8 + length + end != size:
+        raise WeightsInvalid(
+            f"{str(file)!r} is truncated: {size:,} of {8 + length + end:,} bytes; fetch it again"
+        )
+    return header
+
+
+def load_pretrained(
+    kind: type[PreTrainedModel],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes | None = None,
+) -> Any:
+    """Read a transformers model from `folder`, refusing what transformers would only report.
+
+    transformers renames tensors between its versions, so its own reader is used; it fills missing
+    tensors with random numbers and goes on, which here is an error.
+    """
+    files = weight_files(folder)
+    with _quiet_transformers():
+        try:
+            model, loaded = kind.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported in `loaded`, and refused below
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
+    faults = [f"{name} is missing" for name in sorted(loaded["missing_keys"])]
+    faults += [
+        f"{name} is {tuple(found)} where config.json says {tuple(wanted)}"
+        for name, found, wanted in sorted(loaded["mismatched_keys"])
+    ]
+    _refuse_faults(str(folder), faults)
+    if on_bytes:
+        on_bytes(folder.name, sum(file.stat().st_size for file in files))
+    return model.eval().to(device)
+
+
+def _refuse_pipeline(pipeline: str, folder: Path) -> None:
+    names = {
+        "Flux2Pipeline": "FLUX.2",
+        "Flux2KleinPipeline": "FLUX.2 [klein]",
+        "Krea2Pipeline": "Krea 2",
+        "FluxKontextPipeline": "FLUX.1 Kontext [dev]",
+        "FluxFillPipeline": "FLUX.1 Fill [dev]",
+        "FluxControlPipeline": "FLUX.1 Canny or Depth [dev]",
+    }
+    if pipeline not in ("", "FluxPipeline", "FluxImg2ImgPipeline"):
+        raise UnsupportedModel(
+            other_model(f"{str(folder)!r} is {names.get(pipeline, 'a ' + pipeline)}")
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsInvalid(f"{str(file)!r} should hold a JSON object")
+    return content
+
+
+def _read_shift(file: Path) -> Shift:
+    from krea_local.sampling import Shift
+
+    config = _read_json(file)
+    expected: dict[str, object] = {"use_dynamic_shifting": True, "num_train_timesteps": 1000}
+    expected |= dict.fromkeys(
+        ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling"),
+        False,
+    )
+    expected |= {"invert_sigmas": False, "shift_terminal": None, "time_shift_type": "exponential"}
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise UnsupportedModel(
+                other_model(f"{str(file)!r} has {name}={config[name]!r}, not {value!r}")
+            )
+    known = Shift()
+    return Shift(
+        base=config.get("base_shift", known.base),
+        max=config.get("max_shift", known.max),
+        base_seq_len=config.get("base_image_seq_len", known.base_seq_len),
+        max_seq_len=config.get("max_image_seq_len", known.max_seq_len),
+    )
+
+
+def _load_tokenizer(kind: Any, folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+            str(folder), local_files_only=True
+        )
+    except Exception as error:  # the Rust tokenizers raise bare Exception on a damaged file
+        raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
+    if len(tokenizer) < 10:  # transformers builds an empty one where the files are missing
+        raise WeightsNotFound(f"no vocabulary in {str(folder)!r}: weights.md lists the files")
+    return tokenizer
+
+
+def _load_module(
+    kind: Any,
+    folder: Path,
+    files: list[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes,
+) -> Any:
+    """Build a diffusers model without memory, then read its tensors one by one onto `device`."""
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+
+    config = _read_json(folder / "config.json")
+    try:
+        with init_empty_weights():
+            model = kind.from_config(config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        found |= {name: tuple(t["shape"]) for name, t in check_safetensors(file).items()}
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [
+        f"{name} is {found[name]} where config.json says {wanted[name]}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
+    ]
+    faults += [f"{name} is not part of the model" for name in found if name not in wanted]
+    _refuse_faults(", ".join(str(file) for file in files), faults)
+    state = {}
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                tensor = reader.get_tensor(name)
+                state[name] = tensor.to(device=device, dtype=dtype)
+                on_bytes(folder.name, tensor.nbytes)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_faults(where: str, faults: list[str]) -> None:
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise WeightsInvalid(f"{where}: tensor {faults[0]}{more}")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own report and progress bar; its settings are put back."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

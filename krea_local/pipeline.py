@@ -1,0 +1,516 @@
+"""The way from a request to pictures: prompt, latents, denoising, decoding, screening.
+
+`Krea` holds the models and the one lock; everything that belongs to a call lives in that call, so
+nothing is left behind when it fails or is cancelled. Knows nothing of where weights come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from krea_local import text
+from krea_local._version import __version__
+from krea_local.errors import GenerationFailed, InvalidImage, KreaWarning
+from krea_local.images import (
+    InputImage,
+    image_to_pixels,
+    open_image,
+    pixels_to_images,
+    resize,
+)
+from krea_local.memory import Offload, explained_out_of_memory, on_device
+from krea_local.progress import Bar, Call, OnStep
+from krea_local.recipe import with_recipe
+from krea_local.result import Result
+from krea_local.sampling import (
+    Velocity,
+    add_noise,
+    denoise,
+    draw_noise,
+    flow_sigmas,
+    latent_ids,
+    model_timestep,
+    pack,
+    steps_to_run,
+    unpack,
+)
+from krea_local.schema import (
+    MAX_INPUT_PIXELS,
+    Acceleration,
+    ImageSize,
+    ImageSizePreset,
+    ImageSource,
+    Img2ImgRequest,
+    OutputFormat,
+    Txt2ImgRequest,
+    documented,
+    fit_input_size,
+)
+
+if TYPE_CHECKING:
+    from krea_local.loading import Models
+    from krea_local.safety import SafetyChecker
+
+CACHED_PROMPTS = 8  # 4 MB each
+OUT_OF_MEMORY_ADVICE = "make the image smaller, load with offload='model', or free the GPU"
+
+
+class Krea:
+    """FLUX.1 [dev] models held ready for many calls. Made by `krea_local.load`.
+
+    Calls from several threads wait for one another: one GPU, one picture at a time.
+
+    Args:
+        models: the parts, in one dtype, on `device` (or on the CPU with offload "model").
+        device: where the pictures are made.
+        label: what recipes call the model.
+        guidance_scale: default of calls that name none.
+        acceleration: default of calls that name none.
+        offload: which models stay on the device.
+        load_safety_checker: called once, before the first picture that is to be screened.
+        batch_size: images of one call that are denoised together. 1 makes image i exactly the one
+            that a call with its seed makes; more is faster where small images leave the GPU idle,
+            but kernels for other batch sizes round differently, and details then differ.
+        progress: show a bar on standard error, where that is a terminal.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        *,
+        device: torch.device,
+        label: str,
+        guidance_scale: float,
+        load_safety_checker: Callable[[], SafetyChecker],
+        acceleration: Acceleration = "none",
+        offload: Offload = "none",
+        batch_size: int = 1,
+        progress: bool = True,
+    ) -> None:
+        self.models = models
+        self.device = device
+        self.dtype: torch.dtype = models.transformer.dtype
+        self.label = label
+        self.guidance_scale = guidance_scale
+        self.acceleration = acceleration
+        self.offload = offload
+        self.batch_size = batch_size
+        self.progress = progress
+        self._load_safety_checker = load_safety_checker
+        self._safety_checker: SafetyChecker | None = None
+        self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._running = False
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per latent, along a side: 8 in FLUX.1."""
+        return int(2 ** (len(self.models.vae.config["block_out_channels"]) - 1))
+
+    @property
+    def size_multiple(self) -> int:
+        """Width and height are multiples of this: 16 in FLUX.1, which packs latents 2 x 2."""
+        return 2 * self.vae_scale
+
+    @documented(Txt2ImgRequest)
+    def txt2img(
+        self,
+        prompt: str,
+        *,
+        image_size: ImageSizePreset | ImageSize | dict[str, int] = "landscape_4_3",
+        num_inference_steps: int = 28,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        sync_mode: bool = False,
+        num_images: int = 1,
+        enable_safety_checker: bool = True,
+        output_format: OutputFormat = "jpeg",
+        acceleration: Acceleration | None = None,
+        on_step: OnStep | None = None,
+    ) -> Result:
+        """Draw pictures of `prompt`, with the parameters of `fal-ai/flux/krea`.
+
+        Raises:
+            InvalidRequest: names the parameter, its value and the rule.
+            WeightsNotFound: the safety checker is on and not there.
+            OutOfMemory: the GPU's memory does not suffice.
+            GenerationFailed: the model produced NaN.
+            Cancelled: by `cancel` or by `on_step`.
+        """
+        request = Txt2ImgRequest.from_call(locals())
+        return self.run(request, on_step=on_step, stacklevel=3)
+
+    @documented(Img2ImgRequest)
+    def img2img(
+        self,
+        prompt: str,
+        *,
+        image_url: ImageSource,
+        strength: float = 0.95,
+        num_inference_steps: int = 40,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        sync_mode: bool = False,
+        num_images: int = 1,
+        enable_safety_checker: bool = True,
+        output_format: OutputFormat = "jpeg",
+        acceleration: Acceleration | None = None,
+        on_step: OnStep | None = None,
+    ) -> Result:
+        """Redraw an image after `prompt`, with those of `fal-ai/flux/krea/image-to-image`.
+
+        The input keeps its aspect; it is scaled to sides that the model can make, 1440 x 1440
+        pixels at most in area.
+
+        Raises:
+            InvalidImage: the input cannot be read or is too large.
+            InvalidRequest, WeightsNotFound, OutOfMemory, GenerationFailed, Cancelled: as `txt2img`.
+        """
+        request = Img2ImgRequest.from_call(locals())
+        return self.run(request, on_step=on_step, stacklevel=3)
+
+    def run(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        *,
+        on_step: OnStep | None = None,
+        stacklevel: int = 2,
+    ) -> Result:
+        """Draw what `request` asks for; raises as `txt2img` and `img2img` do.
+
+        Args:
+            request: what to draw.
+            on_step: called after each piece of work; may raise `Cancelled`.
+            stacklevel: whose line a `KreaWarning` names, as in `warnings.warn`.
+        """
+        request = self._with_own_defaults(request)
+        with self._lock:
+            self._cancelled.clear()
+            self._running = True
+            try:
+                with torch.inference_mode(), explained_out_of_memory(OUT_OF_MEMORY_ADVICE):
+                    result = self._run(request, on_step)
+            finally:
+                self._running = False
+        for notice in result.notices:
+            warnings.warn(notice, KreaWarning, stacklevel=stacklevel)
+        return result
+
+    def cancel(self) -> bool:
+        """Stop the call under way, from another thread: it raises `Cancelled` within a step.
+
+        Returns:
+            Whether there was a call to stop.
+        """
+        self._cancelled.set()
+        return self._running
+
+    def encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor, str | None]:
+        """`prompt` as the transformer takes it, from a cache of the last few prompts.
+
+        Returns:
+            prompt_embeds [1, 512, 4096], pooled_prompt_embeds [1, 768], and where the prompt was
+            cut if it has more than 512 tokens.
+        """
+        if prompt in self._prompts:
+            self._prompts.move_to_end(prompt)
+            return self._prompts[prompt]
+        models = self.models
+        with self._resident(models.text_encoder, models.text_encoder_2):
+            embeds = text.encode_prompt(models, prompt, self.device)
+        self._prompts[prompt] = (*embeds, text.where_cut(models, prompt))
+        if len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return self._prompts[prompt]
+
+    def encode_image(self, image: Image.Image) -> Tensor:
+        """Image → latent map [1, 16, H/8, W/8]: the mode of the posterior, so without chance."""
+        vae = self.models.vae
+        with self._resident(vae):
+            pixels = image_to_pixels(image).to(self.device, self.dtype)
+            encoded = vae.encode(pixels).latent_dist.mode()
+        latent_map: Tensor = (encoded - vae.config["shift_factor"]) * vae.config["scaling_factor"]
+        return latent_map
+
+    def decode(self, latents: Tensor, *, width: int, height: int) -> Tensor:
+        """Latents [B, S, 64] → pixels [B, 3, H, W] in about [-1, 1]."""
+        vae = self.models.vae
+        latent_map = unpack(
+            latents, rows=height // self.size_multiple, columns=width // self.size_multiple
+        )
+        latent_map = latent_map / vae.config["scaling_factor"] + vae.config["shift_factor"]
+        with self._resident(vae):
+            pixels: Tensor = vae.decode(latent_map, return_dict=False)[0]
+        return pixels
+
+    def latents(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        *,
+        seeds: list[int],
+        width: int,
+        height: int,
+        clean: Tensor | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Denoised latents [B, S, 64], one image a seed.
+
+        Args:
+            request: for prompt, guidance and number of steps.
+            seeds: of the B images.
+            width: of the images, a multiple of `size_multiple`.
+            height: likewise.
+            clean: the input image's latent map [1, 16, H/8, W/8], where there is one.
+            on_step: as for `sampling.denoise`.
+        """
+        rows, columns = height // self.size_multiple, width // self.size_multiple
+        steps = request.num_inference_steps
+        sigmas = flow_sigmas(steps, rows * columns, self.models.shift)
+        channels = self.models.vae.config["latent_channels"]
+        noise = draw_noise(seeds, (channels, 2 * rows, 2 * columns), self.dtype).to(self.device)
+        if clean is not None:
+            assert isinstance(request, Img2ImgRequest)
+            sigmas = sigmas[steps - steps_to_run(steps, request.strength) :]
+            noise = add_noise(clean, noise, sigmas[0])
+        velocity = self._velocity(request, batch=len(seeds), rows=rows, columns=columns)
+        with self._resident(self.models.transformer):
+            return denoise(velocity, pack(noise), sigmas, on_step)
+
+    def _velocity(
+        self, request: Txt2ImgRequest | Img2ImgRequest, *, batch: int, rows: int, columns: int
+    ) -> Velocity:
+        """The transformer as a function of latents and noise level."""
+        prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
+        prompt_embeds = prompt_embeds.expand(batch, -1, -1)
+        pooled_prompt_embeds = pooled_prompt_embeds.expand(batch, -1)
+        guidance = torch.full((batch,), float(request.guidance_scale), device=self.device)
+        txt_ids = torch.zeros(prompt_embeds.shape[1], 3, device=self.device)
+        img_ids = latent_ids(rows=rows, columns=columns).to(self.device)
+        transformer = self.models.transformer
+
+        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            predicted: Tensor = transformer(
+                hidden_states=latents,
+                timestep=model_timestep(sigma, batch, latents.dtype),
+                guidance=guidance,
+                pooled_projections=pooled_prompt_embeds,
+                encoder_hidden_states=prompt_embeds,
+                txt_ids=txt_ids,
+                img_ids=img_ids,
+                return_dict=False,
+            )[0]
+            return predicted
+
+        return velocity
+
+    def _run(self, request: Txt2ImgRequest | Img2ImgRequest, on_step: OnStep | None) -> Result:
+        assert request.seed is not None
+        start = time.perf_counter()
+        checker = self._checker() if request.enable_safety_checker else None
+        input_image, (width, height), notices = self._plan_size(request)
+        steps = request.num_inference_steps
+        if isinstance(request, Img2ImgRequest):
+            steps = steps_to_run(steps, request.strength)
+        pieces = 1 + (input_image is not None) + (checker is not None)
+        total = request.num_images * (steps + 1) + pieces
+        call = Call(
+            num_images=request.num_images,
+            num_steps=steps,
+            cancelled=self._cancelled,
+            on_step=on_step,
+            bar=Bar(total, show=self.progress),
+            total=total,
+            wait=self._wait,
+            notices=notices,
+        )
+        if request.acceleration != "none":
+            call.notices.append(
+                f"acceleration={request.acceleration!r} is not there yet: run as 'none', the same "
+                "picture at that level's speed"
+            )
+        try:
+            images = self._draw(request, call, input_image, width=width, height=height)
+            flags = (False,) * len(images)
+            if checker is not None:
+                images, flags = self._screen(checker, images, call)
+        finally:
+            call.bar.close()
+        call.timings["total"] = time.perf_counter() - start
+        return Result(
+            images=tuple(
+                with_recipe(image, self._recipe(request, i, input_image, width, height))
+                for i, image in enumerate(images)
+            ),
+            seed=request.seed,
+            has_nsfw_concepts=flags,
+            timings=call.timings,
+            prompt=request.prompt,
+            notices=tuple(call.notices),
+            output_format=request.output_format,
+            sync_mode=request.sync_mode,
+        )
+
+    def _draw(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        call: Call,
+        input_image: InputImage | None,
+        *,
+        width: int,
+        height: int,
+    ) -> list[Image.Image]:
+        assert request.seed is not None
+        with call.stage("text"):
+            cut = self.encode_prompt(request.prompt)[2]
+        if cut is not None:
+            call.notices.append(cut)
+        call.advance("text")
+        clean = None
+        if input_image is not None:
+            with call.stage("encode"):
+                clean = self.encode_image(resize(input_image.image, width=width, height=height))
+            call.advance("encode")
+        latents = self._denoise(request, call, clean, width=width, height=height)
+        images: list[Image.Image] = []
+        with self._resident(self.models.vae):
+            for i, one in enumerate(latents[:, None]):  # [1, S, 64] each
+                with call.stage("decode"):
+                    images += pixels_to_images(self.decode(one, width=width, height=height))
+                call.advance("decode", image=i)
+        return images
+
+    def _denoise(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        call: Call,
+        clean: Tensor | None,
+        *,
+        width: int,
+        height: int,
+    ) -> Tensor:
+        """The latents of all images of the call, [N, S, 64]."""
+        assert request.seed is not None
+        seeds = [request.seed + i for i in range(request.num_images)]
+        batches = []
+        with call.stage("denoise"), self._resident(self.models.transformer):
+            for first in range(0, len(seeds), self.batch_size):
+                batch = seeds[first : first + self.batch_size]
+
+                def on_step(
+                    step: int, latents: Tensor, first: int = first, count: int = len(batch)
+                ) -> None:
+                    for image in range(first, first + count):
+                        call.advance("denoise", image=image, step=step, latents=latents)
+
+                batches.append(
+                    self.latents(
+                        request,
+                        seeds=batch,
+                        width=width,
+                        height=height,
+                        clean=clean,
+                        on_step=on_step,
+                    )
+                )
+            latents = torch.cat(batches)
+            # One wait for the GPU, after the loop: rather an error than a black picture.
+            if not bool(latents.isfinite().all()):
+                raise GenerationFailed(
+                    f"{self.label} produced NaN or infinity at seed {request.seed}: its weights "
+                    "are damaged (weights.md says how to verify them), or the GPU is"
+                )
+        return latents
+
+    def _screen(
+        self, checker: SafetyChecker, images: list[Image.Image], call: Call
+    ) -> tuple[list[Image.Image], tuple[bool, ...]]:
+        """Flagged images become black ones of the same size."""
+        with call.stage("safety"):
+            flags = tuple(checker.flags(images))
+        call.advance("safety")
+        black = [Image.new("RGB", image.size) for image in images]
+        screened = zip(images, black, flags, strict=True)
+        return [dark if flag else image for image, dark, flag in screened], flags
+
+    def _checker(self) -> SafetyChecker:
+        if self._safety_checker is None:
+            self._safety_checker = self._load_safety_checker()
+        return self._safety_checker
+
+    def _with_own_defaults(
+        self, request: Txt2ImgRequest | Img2ImgRequest
+    ) -> Txt2ImgRequest | Img2ImgRequest:
+        """`request` with this model's defaults where it names none, and its seed fixed."""
+        own = {"guidance_scale": self.guidance_scale, "acceleration": self.acceleration}
+        unset = {name: own[name] for name in own if name not in request.model_fields_set}
+        return request.model_copy(update=unset).with_seed()
+
+    def _plan_size(
+        self, request: Txt2ImgRequest | Img2ImgRequest
+    ) -> tuple[InputImage | None, tuple[int, int], list[str]]:
+        """The input image, (width, height) to draw at, and what is to be said of them."""
+        multiple = self.size_multiple
+        if isinstance(request, Txt2ImgRequest):
+            size, asked = request.size(multiple), request.asked_size
+            if size == asked:
+                return None, size, []
+            return (
+                None,
+                size,
+                [
+                    f"image_size {asked[0]}x{asked[1]} was rounded to {size[0]}x{size[1]}: "
+                    f"{self.label} draws multiples of {multiple}"
+                ],
+            )
+        image = open_image(request.image_url)
+        width, height = image.image.size
+        fitted = fit_input_size(width=width, height=height, multiple=multiple)
+        if fitted is None:
+            raise InvalidImage(
+                f"image_url: {width}x{height} is too long and narrow to redraw: no side may be "
+                f"below 64 at {MAX_INPUT_PIXELS:,} pixels in all; crop it"
+            )
+        notices = list(image.notices)
+        if fitted != (width, height):
+            notices.append(f"image_url {width}x{height} was resized to {fitted[0]}x{fitted[1]}")
+        return image, fitted, notices
+
+    def _recipe(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        i: int,
+        input_image: InputImage | None,
+        width: int,
+        height: int,
+    ) -> dict[str, object]:
+        """All that image i takes to be drawn again, alone."""
+        recipe = request.model_dump(exclude={"image_url", "sync_mode"})
+        assert request.seed is not None
+        recipe |= {"seed": request.seed + i, "num_images": 1, "width": width, "height": height}
+        recipe |= {"model": self.label, "version": f"krea_local {__version__}"}
+        if input_image is not None:
+            recipe |= {"image_name": input_image.name, "image_sha256": input_image.sha256}
+        return recipe
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def _resident(self, *modules: nn.Module) -> Iterator[None]:
+        if self.offload == "none":
+            yield
+        else:
+            with on_device(list(modules), self.device):
+                yield

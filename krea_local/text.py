@@ -1,0 +1,61 @@
+"""Prompts to what the transformer takes: T5's tokens and CLIP's summary.
+
+Knows nothing of requests, images or where weights come from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from krea_local.loading import Models
+
+T5_TOKENS = 512  # attention has no mask, so fewer would change the picture
+CLIP_TOKENS = 77
+
+
+def encode_prompt(models: Models, prompt: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """prompt_embeds [1, 512, 4096] by T5, pooled_prompt_embeds [1, 768] by CLIP."""
+    tokens, tokens_2 = (
+        tokenizer(
+            [prompt],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(device)
+        for tokenizer, length in (
+            (models.tokenizer, CLIP_TOKENS),
+            (models.tokenizer_2, T5_TOKENS),
+        )
+    )
+    dtype = models.transformer.dtype
+    pooled_prompt_embeds = models.text_encoder(tokens).pooler_output.to(dtype)
+    # No mask: FLUX.1 was trained with padding tokens attended to.
+    return models.text_encoder_2(tokens_2)[0].to(dtype), pooled_prompt_embeds
+
+
+def where_cut(models: Models, prompt: str) -> str | None:
+    """Where a prompt ends for the model, in words, if T5 reads less than all of it.
+
+    CLIP reads 77 tokens of any prompt; it only sets the tone, so that is not worth a word.
+    """
+    rows = models.tokenizer_2(
+        prompt,
+        max_length=T5_TOKENS,
+        truncation=True,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    if len(rows["input_ids"]) == 1:
+        return None
+    end = max(stop for _, stop in rows["offset_mapping"][0])
+    words = prompt[max(0, end - 40) : end].split()[-4:]
+    return (
+        f"the prompt is longer than the {T5_TOKENS} tokens that FLUX.1 reads: it was cut after "
+        f"{end} characters, at '… {' '.join(words)}'"
+    )
