@@ -71,9 +71,8 @@ def open_image(source: ImageSource) -> InputImage:
     if scheme == "data":
         return _decode(_data_uri(text), name="", origin="image_url (data URI)")
     if scheme in ("http", "https"):
-        parts = urllib.parse.urlsplit(text)
-        name = f"{parts.scheme}://{parts.hostname}{parts.path}"  # no credentials, no signed query
-        return _decode(_fetch(text), name=name, origin=f"image_url {name}")
+        name = _public_name(text)
+        return _decode(_fetch(text, name), name=name, origin=f"image_url {name}")
     if scheme == "file":
         text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
     return _decode(_read_file(Path(text)), name=Path(text).name, origin=f"image_url {text!r}")
@@ -133,10 +132,18 @@ def _data_uri(uri: str) -> bytes:
         raise InvalidImage(f"image_url: the data URI is not valid base64: {error}") from error
 
 
-def _fetch(url: str) -> bytes:
+def _public_name(url: str) -> str:
+    """A URL without what may be secret: credentials, query."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"[:200]
+    except ValueError as error:
+        raise InvalidImage(f"image_url: {url[:200]!r} is not a URL: {error}") from error
+
+
+def _fetch(url: str, shown: str) -> bytes:
     import httpx
 
-    shown = url if len(url) <= 200 else url[:200] + "…"
     deadline = time.monotonic() + FETCH_SECONDS
     data = bytearray()
     try:

@@ -67,8 +67,8 @@ def load_models(
     check_layout(checkpoint)
     shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
     report = on_bytes or (lambda component, count: None)
-    tokenizer = _load_tokenizer(CLIPTokenizer, folder / "tokenizer")
-    tokenizer_2 = _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2")
+    tokenizer = _load_tokenizer(CLIPTokenizer, folder / "tokenizer", "vocab.json")
+    tokenizer_2 = _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2", "spiece.model")
     transformer_files = (
         [checkpoint.transformer_file]
         if checkpoint.transformer_file
@@ -295,15 +295,18 @@ def _read_shift(file: Path) -> Shift:
     )
 
 
-def _load_tokenizer(kind: Any, folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
+    # Without its files transformers builds an empty tokenizer and says nothing.
+    if not any((folder / name).exists() for name in ("tokenizer.json", vocabulary)):
+        raise WeightsNotFound(
+            f"no tokenizer.json or {vocabulary} in {str(folder)!r}: see weights.md"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
             str(folder), local_files_only=True
         )
     except Exception as error:  # the Rust tokenizers raise bare Exception on a damaged file
         raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
-    if len(tokenizer) < 10:  # transformers builds an empty one where the files are missing
-        raise WeightsNotFound(f"no vocabulary in {str(folder)!r}: weights.md lists the files")
     return tokenizer
 
 

@@ -292,8 +292,9 @@ class Krea:
     ) -> Velocity:
         """The transformer as a function of latents and noise level."""
         prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
-        prompt_embeds = prompt_embeds.expand(batch, -1, -1)
-        pooled_prompt_embeds = pooled_prompt_embeds.expand(batch, -1)
+        # Copies, not views: a batch of stride 0 takes another matmul path, which rounds otherwise.
+        prompt_embeds = prompt_embeds.repeat(batch, 1, 1)
+        pooled_prompt_embeds = pooled_prompt_embeds.repeat(batch, 1)
         guidance = torch.full((batch,), float(request.guidance_scale), device=self.device)
         txt_ids = torch.zeros(prompt_embeds.shape[1], 3, device=self.device)
         img_ids = latent_ids(rows=rows, columns=columns).to(self.device)

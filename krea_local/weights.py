@@ -8,11 +8,14 @@ offline: nothing is fetched; only a hub id may be. Knows nothing of what is in t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import re
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +97,9 @@ def find(model: str | os.PathLike[str] | None = None, *, token: str | None = Non
     """Find the files of `model`, fetching them only if it is named and lives on the hub.
 
     Args:
-        model: "tiny"; a folder; "krea", "dev", "srpo"; a hub id; or None for what the variable
-            KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the hub cache holds it.
+        model: "tiny"; "krea", "dev", "srpo" (folders of these names are "./dev" …); a folder; a hub
+            id; or None for what the variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the
+            hub's cache holds it.
         token: the hub's access token; by default HF_TOKEN or the one `hf auth login` saved.
 
     Raises:
@@ -112,9 +116,10 @@ def find(model: str | os.PathLike[str] | None = None, *, token: str | None = Non
     path = Path(text).expanduser()
     if text == "tiny":
         return Checkpoint(label="tiny", family=KREA, folder=_tiny_folder())
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text):
+    alias = next((known for known in FAMILIES if text == known.alias), None)
+    if not alias and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text)):
         return _find_folder(path)
-    family = next((known for known in FAMILIES if text in (known.alias, known.repo)), None)
+    family = alias or next((known for known in FAMILIES if text == known.repo), None)
     repo = family.repo if family else text
     if "/" not in repo:
         names = ", ".join(repr(known.alias) for known in FAMILIES)
@@ -223,11 +228,11 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
     page = f"https://huggingface.co/{repo}"
     login = "run `hf auth login` or set HF_TOKEN"
     try:
-        return Path(
-            snapshot_download(
+        with _bars_on_terminals_only():
+            folder = snapshot_download(
                 repo, allow_patterns=patterns, token=token, local_files_only=local_files_only
             )
-        )
+        return Path(folder)
     except GatedRepoError as error:
         raise LicenceRequired(
             f"{repo} is gated: accept its licence at {page}, then {login} (a token with read "
@@ -243,6 +248,25 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsNotFound(f"could not fetch {repo}: {reason[0]}") from error
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """The hub's bars go to standard error even where that is a file; its setting is put back."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @functools.cache
