@@ -85,8 +85,8 @@ def load(
     from krea_local.safety import SafetyChecker
 
     plan = memory.check_offload(offload)
-    place = _device(device)
-    number = _dtype(dtype, place)
+    place = choose_device(device)
+    number = choose_dtype(dtype, place)
     checkpoint = weights.find(model, token=token)
     loading.check_layout(checkpoint)
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
@@ -179,7 +179,13 @@ def _kept(model: str | os.PathLike[str] | None) -> Krea:
         return _kept_models[name]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that `load`'s argument means.
+
+    Raises:
+        DeviceUnavailable: it is not there.
+        InvalidRequest: no such kind of device.
+    """
     import torch
 
     if device == "auto":
@@ -206,7 +212,12 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The number format that `load`'s argument means on `device`.
+
+    Raises:
+        InvalidRequest: not one that FLUX.1 runs in.
+    """
     import torch
 
     if dtype == "auto":

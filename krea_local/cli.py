@@ -292,9 +292,7 @@ def _target(output: str | None, output_format: str | None) -> tuple[Path | None,
     if named is None:
         raise InvalidRequest(f"--output {output}: should be a .jpeg or .png file, or a folder")
     if output_format not in (None, named):
-        raise InvalidRequest(
-            f"--output {output} is a {named}, --output-format says {output_format}"
-        )
+        raise InvalidRequest(f"--output {output}: ends in {target.suffix}, not .{output_format}")
     return target, named
 
 

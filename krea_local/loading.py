@@ -67,8 +67,8 @@ def load_models(
     check_layout(checkpoint)
     shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
     report = on_bytes or (lambda component, count: None)
-    tokenizer = _load_tokenizer(CLIPTokenizer, folder / "tokenizer", "vocab.json")
-    tokenizer_2 = _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2", "spiece.model")
+    tokenizer = load_tokenizer(CLIPTokenizer, folder / "tokenizer", "vocab.json")
+    tokenizer_2 = load_tokenizer(T5TokenizerFast, folder / "tokenizer_2", "spiece.model")
     transformer_files = (
         [checkpoint.transformer_file]
         if checkpoint.transformer_file
@@ -295,7 +295,13 @@ def _read_shift(file: Path) -> Shift:
     )
 
 
-def _load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
+    """Read a tokenizer from tokenizer.json or from the file named `vocabulary`.
+
+    Raises:
+        WeightsNotFound: neither is there.
+        WeightsInvalid: a file is damaged.
+    """
     # Without its files transformers builds an empty tokenizer and says nothing.
     if not any((folder / name).exists() for name in ("tokenizer.json", vocabulary)):
         raise WeightsNotFound(

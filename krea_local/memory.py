@@ -31,7 +31,7 @@ class Footprint:
     """
 
     none: float = (23.80 + 9.53 + 0.25 + 0.17 + 0.34) * 1e9 / GIB + 1.5
-    model: float = 23.80e9 / GIB + 0.46
+    model: float = (23.80 + 0.34) * 1e9 / GIB + 0.46
 
 
 def check_offload(offload: str) -> Offload:

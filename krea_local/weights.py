@@ -253,7 +253,7 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
 @contextlib.contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
     """The hub's bars go to standard error even where that is a file; its setting is put back."""
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

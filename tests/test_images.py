@@ -288,7 +288,7 @@ def test_a_slow_url_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(InvalidImage, match="could not load http://127.0.0.1:9/x.png: .*refused"):
+    with pytest.raises(InvalidImage, match="could not load http://127.0.0.1/x.png: .*refused"):
         open_image("http://127.0.0.1:9/x.png")
 
 

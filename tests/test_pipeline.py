@@ -88,7 +88,7 @@ def test_pixels_equal_diffusers_in_float32(
         num_inference_steps=steps,
         guidance_scale=guidance,
     )
-    # diffusers returns [0, 1]. The same operations in the same order; 2e-6 allows for its rescaling.
+    # diffusers returns [0, 1]: the same operations in the same order; 2e-6 is for its rescaling.
     assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), theirs, rtol=0, atol=2e-6)
 
 

@@ -66,7 +66,7 @@ def test_the_tensor_names_of_the_published_file_are_read(broken_folder: Path) ->
         for new, old in renames.items():
             name = name.replace(new, old)
         state[name] = tensor
-    assert any("vit.encoder.layer.0.attention.attention.query.weight" == name for name in state)
+    assert any(name == "vit.encoder.layer.0.attention.attention.query.weight" for name in state)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     assert checker(folder).probabilities(IMAGES) == expected
 

@@ -141,12 +141,12 @@ def test_presets_are_width_by_height(preset: str, size: tuple[int, int]) -> None
         ({"image_size": {"width": 9.5}}, "image_size.width=9.5: should be a valid integer"),
         (
             {"image_size": {"heigth": 99}},
-            "image_size.heigth: no such parameter; did you mean 'height'",
+            "heigth: no such parameter; did you mean 'height'",
         ),
         (
             {"image_size": {"width": 4000, "height": 3000}},
-            "image_size: 4000x3000 is 12.0 megapixels, more than 4,194,304 pixels: the nearest that "
-            "fits is 2352x1776",
+            "image_size: 4000x3000 is 12.0 megapixels, more than 4,194,304 pixels: the nearest "
+            "that fits is 2352x1776",
         ),
         ({"image_size": {"width": 20000}}, "image_size.width=20000: should be less than or equal"),
     ],

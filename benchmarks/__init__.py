@@ -1,0 +1,1 @@
+"""Scripts that measure krea_local; run them as `python -m benchmarks.NAME`."""

@@ -1,0 +1,146 @@
+"""FLUX.1 [dev] at its true 12 B shapes with random weights, made on the device in seconds.
+
+Speed and memory do not depend on the weights' values, as long as they are not zeros (zeros run 13 %
+faster on an H200), so a benchmark needs no licence and no download.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import krea_local
+from krea_local import weights
+from krea_local.api import choose_device, choose_dtype
+from krea_local.loading import Models, load_tokenizer
+from krea_local.memory import check_offload
+from krea_local.pipeline import Krea
+from krea_local.safety import SafetyChecker
+from krea_local.sampling import Shift
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    },
+    "vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "bos_token_id": 0,
+        "eos_token_id": 1,  # the tiny tokenizer's, which stands in for CLIP's
+    },
+    "text_encoder_2": {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+    },
+}
+
+
+def build(name: str) -> Any:
+    """One component at its true shapes, on torch's default device."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    config = CONFIGS[name]
+    if name == "transformer":
+        return FluxTransformer2DModel(**config)
+    if name == "vae":
+        return AutoencoderKL(**config)
+    if name == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig(**config))
+    return T5EncoderModel(T5Config(**config))
+
+
+def random_models(device: torch.device, dtype: torch.dtype) -> Models:
+    """All components with weights N(0, 0.02); norms and biases as a fresh model has them."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    parts = {name: _filled(name, device, dtype) for name in CONFIGS}
+    tiny = weights.find("tiny").folder
+    return Models(
+        **parts,
+        tokenizer=load_tokenizer(CLIPTokenizer, tiny / "tokenizer", "vocab.json"),
+        tokenizer_2=load_tokenizer(T5TokenizerFast, tiny / "tokenizer_2", "spiece.model"),
+        shift=Shift(),
+    )
+
+
+def _filled(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = build(name)
+    generator = torch.Generator(device).manual_seed(0)
+    state = {}
+    for key, tensor in model.state_dict().items():
+        filled = torch.empty(tensor.shape, device=device, dtype=dtype)
+        if tensor.ndim > 1:
+            filled.normal_(0, 0.02, generator=generator)
+        else:
+            filled.fill_(1.0 if key.endswith("weight") else 0.0)
+        state[key] = filled
+    model.load_state_dict(state, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # T5's embeddings are one tensor under two names
+    return model.to(device).eval().requires_grad_(False)
+
+
+def krea_of(model: str, device: str, dtype: str, offload: str, batch_size: int) -> Krea:
+    """A Krea for a benchmark: "random-12b", or anything that `krea_local.load` takes."""
+    if model != "random-12b":
+        return krea_local.load(
+            model,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            batch_size=batch_size,
+            progress=False,
+        )
+    place = choose_device(device)
+    home = place if offload == "none" else torch.device("cpu")
+    checker = weights.find("tiny").folder / "safety_checker"
+    return Krea(
+        random_models(home, choose_dtype(dtype, place)),
+        device=place,
+        label="random-12b",
+        guidance_scale=4.5,
+        offload=check_offload(offload),
+        load_safety_checker=lambda: SafetyChecker(checker, device=place),
+        batch_size=batch_size,
+        progress=False,
+    )

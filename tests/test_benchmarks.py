@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import latency, random_model
+
+
+def test_latency_prints_a_table_and_one_line_of_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results.jsonl"
+    options = "--model tiny --image-size 64x96 --steps 2 --batch 2 --runs 2 --device cpu --output"
+    assert latency.main([*shlex.split(options), str(output)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    result = json.loads(printed[-1])
+    assert output.read_text() == printed[-1] + "\n"
+    assert result["engine"] == "krea_local:none"
+    assert (result["width"], result["height"], result["steps"], result["batch"]) == (64, 96, 2, 2)
+    assert result["device"] == "cpu"
+    assert set(result["stages"]) == {"text", "denoise", "decode", "safety", "total"}
+    assert result["stages"]["text"] > 0.001  # the prompts differ, so the cache does not hide it
+    assert min(result["seconds_all"]) <= result["seconds"] <= max(result["seconds_all"])
+    assert result["peak_gib"] > 0.1
+    assert result["first_image_seconds"] > 0
+    assert result["versions"]["torch"] == torch.__version__
+    table = "\n".join(printed[:-1])
+    for word in ("images a minute", "per megapixel", "peak memory"):
+        assert word in table
+
+
+def test_the_cost_is_shown_for_a_gpu_next_to_the_hosted_apis() -> None:
+    result = {
+        "device": "NVIDIA H200",
+        "model": "random-12b",
+        "dtype": "bfloat16",
+        "offload": "none",
+        "batch": 1,
+        "width": 1000,
+        "height": 1000,
+        "steps": 28,
+        "load_seconds": 1.0,
+        "first_image_seconds": 4.0,
+        "stages": {"total": 3.6},
+        "seconds": 3.6,
+        "runs": 5,
+        "peak_gib": 34.0,
+    }
+    assert "$0.00300 a megapixel at $3 an hour; the hosted API: $0.025" in latency.table(
+        result, 3.0
+    )
+
+
+def test_random_weights_fill_every_tensor_and_are_never_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = {
+        "transformer": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+        "vae": {"block_out_channels": (32,) * 4, "layers_per_block": 1},
+        "text_encoder": {"num_hidden_layers": 1, "vocab_size": 1000},
+        "text_encoder_2": {"num_layers": 1, "d_ff": 64, "num_heads": 2, "vocab_size": 1000},
+    }
+    configs = {name: {**random_model.CONFIGS[name], **small[name]} for name in small}
+    monkeypatch.setattr(random_model, "CONFIGS", configs)
+    krea = random_model.krea_of("random-12b", "cpu", "bfloat16", "none", 1)
+    models = krea.models
+    for part in (models.transformer, models.vae, models.text_encoder, models.text_encoder_2):
+        for tensor in part.parameters():
+            assert tensor.dtype == torch.bfloat16
+            assert tensor.isfinite().all()
+            assert tensor.ndim == 1 or float(tensor.float().std()) == pytest.approx(0.02, rel=0.2)
+    t5 = models.text_encoder_2
+    assert t5.shared.weight is t5.encoder.embed_tokens.weight
+    size = {"width": 64, "height": 64}
+    assert krea.txt2img("a fox", image_size=size, num_inference_steps=1).images

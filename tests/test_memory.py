@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import krea_local
+from krea_local import InvalidRequest, OutOfMemory
+from krea_local.info import describe, fits, gather
+from krea_local.memory import Footprint, check_offload, explained_out_of_memory, on_device
+
+SIZE = {"width": 64, "height": 64}
+META = torch.device("meta")  # a device without memory stands in for a GPU: copies really move
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, as T5's embeddings do, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.register_buffer("table", torch.arange(4))
+
+
+def places(module: nn.Module) -> set[str]:
+    return {t.device.type for t in (*module.parameters(), *module.buffers())}
+
+
+def test_models_are_on_the_device_inside_and_the_very_same_tensors_after() -> None:
+    module = Tied()
+    before = [*module.parameters(), *module.buffers()]
+    with on_device([module], META):
+        assert places(module) == {"meta"}
+        assert module.second.weight is module.first.weight  # copied once
+        assert isinstance(module.first.weight, nn.Parameter)
+    after = [*module.parameters(), *module.buffers()]
+    assert len(before) == len(after) == 4
+    assert all(a is b for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_inside_brings_the_models_home(error: type[BaseException]) -> None:
+    module = Tied()
+    with pytest.raises(error), on_device([module], META):
+        raise error
+    assert places(module) == {"cpu"}
+
+
+def test_a_failed_copy_brings_back_what_was_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Tied()
+    module.second.bias = nn.Parameter(torch.zeros(4))
+    copies = 0
+    original = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        nonlocal copies
+        copies += 1
+        if copies == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return original(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError), on_device([module], META):
+        pass
+    assert places(module) == {"cpu"}
+
+
+def test_nesting_moves_nothing_twice() -> None:
+    module = Tied()
+    with on_device([module], META):
+        inside = module.first.weight
+        with on_device([module], META):
+            assert module.first.weight is inside
+        assert module.first.weight is inside
+
+
+def test_models_take_turns_and_the_picture_is_the_same(
+    tiny_folder: Path, krea: krea_local.Krea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from krea_local import pipeline
+
+    model = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload="model")
+    parts = {
+        id(getattr(model.models, name)): name
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
+    }
+    present: list[str] = []
+    turns: list[tuple[str, ...]] = []
+
+    @contextlib.contextmanager
+    def recorded(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+        new = [name for name in (parts[id(module)] for module in modules) if name not in present]
+        present.extend(new)
+        if new:
+            turns.append(tuple(present))
+        with on_device(modules, device):
+            yield
+        for name in new:
+            present.remove(name)
+
+    monkeypatch.setattr(pipeline, "on_device", recorded)
+    arguments = {"num_inference_steps": 10, "seed": 1, "num_images": 2}
+    drawn = model.txt2img("a fox", image_size=SIZE, **arguments)
+    assert turns == [("text_encoder", "text_encoder_2"), ("transformer",), ("vae",)]
+    resident = krea.txt2img("a fox", image_size=SIZE, **arguments)
+    assert [i.tobytes() for i in drawn.images] == [i.tobytes() for i in resident.images]
+
+
+def test_running_out_of_memory_says_what_would_help() -> None:
+    message = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …"
+    with (
+        pytest.raises(OutOfMemory, match=r"does not suffice \(CUDA out of memory\): try less"),
+        explained_out_of_memory("try less"),
+    ):
+        raise torch.OutOfMemoryError(message)
+
+
+def test_running_out_while_drawing_leaves_the_model_usable(krea: krea_local.Krea) -> None:
+    def exhausted(progress: krea_local.Progress) -> None:
+        if progress.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    arguments = {"image_size": SIZE, "num_inference_steps": 3, "seed": 1}
+    expected = krea.txt2img("a fox", **arguments).images[0].tobytes()
+    with pytest.raises(OutOfMemory, match="offload='model'"):
+        krea.txt2img("a fox", on_step=exhausted, **arguments)
+    assert krea.txt2img("a fox", **arguments).images[0].tobytes() == expected
+
+
+def test_offload_is_one_of_two() -> None:
+    assert check_offload("model") == "model"
+    with pytest.raises(InvalidRequest, match="offload='some': should be 'none' or 'model'"):
+        krea_local.load("tiny", offload="some")
+
+
+def test_the_footprint_follows_from_the_counted_parameters() -> None:
+    from benchmarks.random_model import CONFIGS, build
+
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in build(name).parameters()) for name in CONFIGS}
+    # weights.md and the GPU table stand on these.
+    assert counts["transformer"] == 11_901_408_320
+    assert counts["text_encoder_2"] == pytest.approx(4.762e9, rel=1e-3)
+    assert counts["text_encoder"] == pytest.approx(123.1e6, rel=1e-3)
+    assert counts["vae"] == pytest.approx(83.8e6, rel=1e-3)
+    checker = 4 * 85.8e6
+    everything = 2 * sum(counts.values()) + checker
+    largest = 2 * counts["transformer"] + checker
+    assert Footprint().none == pytest.approx(everything / 2**30 + 1.5, rel=5e-3)
+    assert Footprint().model == pytest.approx(largest / 2**30 + 0.46, rel=5e-3)
+
+
+def test_info_tells_what_fits_and_why_not() -> None:
+    assert fits(80.0)["none"].startswith("fits: needs about 33.")
+    assert fits(24.0)["none"].startswith("does not fit: needs about 33.")
+    assert fits(24.0)["model"].startswith("fits: needs about 22.")
+    assert "16.0 are free" in fits(16.0)["model"]
+    facts = gather()
+    facts["gpus"] = [
+        {
+            "index": 0,
+            "name": "NVIDIA H200",
+            "capability": "9.0",
+            "total_gib": 140.0,
+            "free_gib": 139.0,
+            "fits": fits(139.0),
+        }
+    ]
+    text = describe(facts)
+    assert "NVIDIA H200, 139.0 of 140.0 GiB free" in text
+    assert "offload='none': fits" in text
+    assert torch.__version__.split("+")[0] in text
