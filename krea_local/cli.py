@@ -215,13 +215,19 @@ def _generate(parsed: argparse.Namespace) -> int:
     given = vars(parsed)
     if given.get("quiet"):
         warnings.simplefilter("ignore", KreaWarning)
-    arguments, model = _from_recipe(given) if "recipe" in given else ({}, None)
+    arguments: dict[str, Any] = {}
+    repeat = None
+    if "recipe" in given:
+        from krea_local.repeat import read_repeat
+
+        repeat = read_repeat(given["recipe"], parsed.request, given)
+        arguments = dict(repeat.arguments)
+        for notice in repeat.notices:
+            warnings.warn(notice, KreaWarning, stacklevel=1)
     flags = {name: given[name] for name in parsed.request.model_fields if name in given}
     if "image_size" in flags:
         flags["image_size"] = _image_size(flags["image_size"])
     arguments |= flags
-    if "model" in given:
-        model = given["model"]
     target, output_format = _target(given.get("output"), flags.get("output_format"))
     if output_format:
         arguments["output_format"] = output_format
@@ -229,7 +235,13 @@ def _generate(parsed: argparse.Namespace) -> int:
         parsed.request.parse({**arguments, **prompt}, text=True)
         for prompt in _prompts(given, arguments)
     ]
-    krea = _load(given, model)
+    krea = _load(given, given.get("model", repeat and repeat.model))
+    if repeat and repeat.made_with != krea.label:
+        warnings.warn(
+            f"{given['recipe']} was made with {repeat.made_with}, this is {krea.label}",
+            KreaWarning,
+            stacklevel=1,
+        )
     codes = []
     for request in requests:
         try:
@@ -322,41 +334,6 @@ def _prompts(given: dict[str, Any], arguments: dict[str, Any]) -> Iterator[dict[
 def _image_size(text: str) -> str | ImageSize | dict[str, str]:
     match = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*", text)
     return {"width": match[1], "height": match[2]} if match else text
-
-
-def _from_recipe(given: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The arguments that a picture was made with, and its model where that can be found again."""
-    from krea_local.images import open_image
-    from krea_local.recipe import read_recipe
-
-    name = given["recipe"]
-    recipe = read_recipe(name)
-    command = "img2img" if "image_sha256" in recipe else "txt2img"
-    if command != given["command"]:
-        raise InvalidRequest(f"--from {name}: was made by {command}; use krea-local {command}")
-    if recipe.get("prompt_is_cut") and "prompt" not in given:
-        raise InvalidRequest(f"--from {name}: its prompt was too long to keep: give it again")
-    if command == "img2img":
-        if "image_url" not in given:
-            origin = recipe.get("image_name") or "an unnamed image"
-            raise InvalidRequest(f"--from {name}: redrew {origin}; give that as --image-url")
-        if open_image(given["image_url"]).sha256 != recipe["image_sha256"]:
-            warnings.warn(
-                f"--image-url {given['image_url']} is not the image that {name} was made from",
-                KreaWarning,
-                stacklevel=1,
-            )
-    version = f"krea_local {__version__}"
-    if recipe.get("version") != version:
-        warnings.warn(
-            f"{name} was made by {recipe.get('version')}, this is {version}: details may differ",
-            KreaWarning,
-            stacklevel=1,
-        )
-    fields = given["request"].model_fields
-    arguments = {field: recipe[field] for field in fields if field in recipe}
-    label = recipe.get("model", "")
-    return arguments, label if label == "tiny" or "/" in label else None
 
 
 def _tiny(parsed: argparse.Namespace) -> int:

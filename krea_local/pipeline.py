@@ -29,7 +29,7 @@ from krea_local.images import (
     resize,
 )
 from krea_local.memory import Offload, explained_out_of_memory, on_device
-from krea_local.progress import Bar, Call, OnStep
+from krea_local.progress import Bar, Call, OnStep, Stage
 from krea_local.recipe import with_recipe
 from krea_local.result import Result
 from krea_local.sampling import (
@@ -61,6 +61,10 @@ if TYPE_CHECKING:
     from krea_local.loading import Models
     from krea_local.safety import SafetyChecker
 
+STAGES: dict[type[Txt2ImgRequest | Img2ImgRequest], tuple[Stage, ...]] = {
+    Txt2ImgRequest: ("text", "denoise", "decode", "safety"),
+    Img2ImgRequest: ("text", "encode", "denoise", "decode", "safety"),
+}
 CACHED_PROMPTS = 8  # 4 MB each
 OUT_OF_MEMORY_ADVICE = "make the image smaller, load with offload='model', or free the GPU"
 
@@ -333,6 +337,7 @@ class Krea:
             bar=Bar(total, show=self.progress),
             total=total,
             wait=self._wait,
+            timings=dict.fromkeys(STAGES[type(request)], 0.0),
             notices=notices,
         )
         if request.acceleration != "none":

@@ -92,7 +92,7 @@ class Call:
         wait: waits for the GPU, so that a stage's time is its own.
         on_step: the caller's.
         bar: on standard error.
-        timings: seconds by stage.
+        timings: seconds by stage; 0 for a stage that was not wanted.
         notices: what was done that differs from the letter of the request.
     """
 
@@ -103,7 +103,7 @@ class Call:
     wait: Callable[[], None]
     on_step: OnStep | None
     bar: Bar
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float]
     notices: list[str] = field(default_factory=list)
     done: int = 0
 
@@ -138,7 +138,7 @@ class Call:
         start = time.perf_counter()
         yield
         self.wait()
-        self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+        self.timings[name] += time.perf_counter() - start
 
     def _check(self) -> None:
         if self.cancelled.is_set():

@@ -29,7 +29,8 @@ class Result:
         seed: of the first image, given or drawn; image i has seed + i.
         has_nsfw_concepts: for each image whether the safety checker flagged it; a flagged image is
             black. All False with the checker off.
-        timings: seconds by stage: text, encode (image to image), denoise, decode, safety, total.
+        timings: seconds by stage: text, encode (image to image), denoise, decode, safety, total;
+            0 for a stage that was not wanted.
         prompt: as given.
         notices: what was done that differs from the letter of the request.
         output_format: what `save` and `to_api` encode to.

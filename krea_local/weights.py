@@ -93,7 +93,9 @@ class Checkpoint:
     offline: bool = True
 
 
-def find(model: str | os.PathLike[str] | None = None, *, token: str | None = None) -> Checkpoint:
+def find(
+    model: str | os.PathLike[str] | None = None, *, token: str | None = None, fetch: bool = True
+) -> Checkpoint:
     """Find the files of `model`, fetching them only if it is named and lives on the hub.
 
     Args:
@@ -101,6 +103,7 @@ def find(model: str | os.PathLike[str] | None = None, *, token: str | None = Non
             id; or None for what the variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the
             hub's cache holds it.
         token: the hub's access token; by default HF_TOKEN or the one `hf auth login` saved.
+        fetch: False to look for a hub id in the hub's cache only.
 
     Raises:
         WeightsNotFound: not there, with the ways to get it.
@@ -125,7 +128,9 @@ def find(model: str | os.PathLike[str] | None = None, *, token: str | None = Non
         names = ", ".join(repr(known.alias) for known in FAMILIES)
         raise WeightsNotFound(f"no model {text!r}: give a folder, a hub id, {names} or 'tiny'")
     _refuse_by_name(repo)
-    return _find_on_hub(family or _guess_family(repo), repo, token=token)
+    return _find_on_hub(
+        family or _guess_family(repo), repo, token=token, local_files_only=not fetch
+    )
 
 
 def find_safety_checker(checkpoint: Checkpoint, source: str | os.PathLike[str]) -> Path:

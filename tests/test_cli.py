@@ -19,7 +19,7 @@ from PIL import Image
 
 import krea_local
 from krea_local import cli
-from krea_local.recipe import read_recipe
+from krea_local.recipe import read_recipe, with_recipe
 from krea_local.schema import Img2ImgRequest, Txt2ImgRequest
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +175,31 @@ def test_a_picture_is_repeated_from_its_file(
     assert cli.main(["txt2img", *changed]) == 0
     assert read_recipe("c.png") == {**read_recipe("b.png"), "prompt": "a wizard", "seed": 9}
     assert capsys.readouterr().err == ""
+
+
+def test_a_strangers_recipe_fetches_no_model(
+    capsys: pytest.CaptureFixture[str], one_model: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from krea_local import weights
+
+    asked: list[str] = []
+    original = weights._snapshot
+
+    def snapshot(repo: str, *arguments: Any, local_files_only: bool, **options: Any) -> Path:
+        asked.append(repo)
+        assert local_files_only
+        return original(repo, *arguments, local_files_only=local_files_only, **options)
+
+    monkeypatch.setattr(weights, "_snapshot", snapshot)
+    image = Image.new("RGB", (64, 64))
+    base = {"prompt": "x", "num_inference_steps": 1, "guidance_scale": 4.5, "seed": 1}
+    for model in ("someone/else", weights.KREA.repo, "/etc", ["tiny"]):
+        recipe = {**base, "width": 64, "height": 64, "model": model, "version": "?"}
+        with_recipe(image.copy(), recipe).save("stranger.png")
+        assert cli.main(["txt2img", "--from", "stranger.png", *QUICK]) == 0
+        assert one_model[-1][0] is None  # the user's own default
+        assert f"was made with {model}, this is tiny" in capsys.readouterr().err
+    assert asked == [weights.KREA.repo]
 
 
 def test_a_redrawn_picture_is_repeated_given_the_same_input(

@@ -17,7 +17,7 @@ FLOORS = [
     {"loading"},
     {"safety", "text"},
     {"pipeline"},
-    {"api", "info"},
+    {"api", "info", "repeat"},
     {"cli", "__init__"},
     {"__main__"},
 ]

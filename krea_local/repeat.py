@@ -1,0 +1,83 @@
+"""A picture's recipe turned back into the call that draws it again.
+
+A recipe is a stranger's word: its values are judged like any other input, and it is never a reason
+to fetch a model. Knows nothing of how pictures are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from krea_local import weights
+from krea_local._version import __version__
+from krea_local.errors import InvalidRequest, WeightsError
+from krea_local.images import open_image
+from krea_local.recipe import read_recipe
+from krea_local.schema import Img2ImgRequest, Txt2ImgRequest
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How to draw a picture again.
+
+    Attributes:
+        arguments: of the request, but for an input image.
+        made_with: what the recipe calls its model.
+        model: that model as `load` takes it, if it is on this machine; else None.
+        notices: why the new picture may differ.
+    """
+
+    arguments: dict[str, Any]
+    made_with: str
+    model: str | None
+    notices: tuple[str, ...]
+
+
+def read_repeat(
+    picture: str, request: type[Txt2ImgRequest] | type[Img2ImgRequest], given: Mapping[str, Any]
+) -> Repeat:
+    """How to draw `picture` again, but for the arguments `given` besides.
+
+    Raises:
+        InvalidImage: the file cannot be read, or carries no recipe.
+        InvalidRequest: it was made by the other command, or something must be given besides.
+    """
+    recipe = read_recipe(picture)
+    made_by = Img2ImgRequest if "image_sha256" in recipe else Txt2ImgRequest
+    if made_by is not request:
+        name = "img2img" if made_by is Img2ImgRequest else "txt2img"
+        raise InvalidRequest(f"--from {picture}: was made by {name}; use krea-local {name}")
+    if recipe.get("prompt_is_cut") and "prompt" not in given:
+        raise InvalidRequest(f"--from {picture}: its prompt was too long to keep: give it again")
+    notices = []
+    if made_by is Img2ImgRequest:
+        if "image_url" not in given:
+            origin = recipe.get("image_name") or "an unnamed image"
+            raise InvalidRequest(f"--from {picture}: redrew {origin}; give that as --image-url")
+        if open_image(given["image_url"]).sha256 != recipe["image_sha256"]:
+            notices.append(f"{given['image_url']} is not the image that {picture} was made from")
+    version = f"krea_local {__version__}"
+    if recipe.get("version") != version:
+        notices.append(
+            f"{picture} was made by {recipe.get('version')}, this is {version}: details may differ"
+        )
+    made_with = str(recipe.get("model"))
+    return Repeat(
+        arguments={name: recipe[name] for name in request.model_fields if name in recipe},
+        made_with=made_with,
+        model=_at_hand(made_with),
+        notices=tuple(notices),
+    )
+
+
+def _at_hand(made_with: str) -> str | None:
+    if made_with == "tiny":
+        return "tiny"
+    if made_with in {family.repo for family in weights.FAMILIES}:
+        with contextlib.suppress(WeightsError):
+            weights.find(made_with, fetch=False)
+            return made_with
+    return None
