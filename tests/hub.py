@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories, and who asked for what.
+    """Repositories, what was asked for, and which files were fetched.
 
     Args:
         repos: repository id → the folder whose files it holds.
@@ -25,6 +25,7 @@ class Hub:
     def __init__(self, repos: Mapping[str, Path], gated: tuple[str, ...] = ()) -> None:
         self.repos = repos
         self.gated = gated
+        self.asked: list[str] = []
         self.fetched: list[str] = []
         self.url = ""
 
@@ -58,6 +59,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(head=False)
 
     def _answer(self, *, head: bool) -> None:
+        self.hub.asked.append(self.path)
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
         is_api = path.startswith("api/models/")
         parts = path.removeprefix("api/models/").split("/")

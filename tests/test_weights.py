@@ -186,6 +186,28 @@ for name in ("krea", "dev"):
     assert unreachable.stdout.count("WeightsNotFound") == 2, unreachable.stderr
 
 
+def test_a_model_from_a_folder_never_asks_the_hub(tiny_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare, ignore=shutil.ignore_patterns("safety_checker"))
+    code = f"""
+import krea_local
+from krea_local import weights
+try:
+    weights.find_safety_checker(weights.find({str(bare)!r}), weights.SAFETY_CHECKER_REPO)
+except krea_local.WeightsNotFound as error:
+    print(error)
+try:
+    weights.find()
+except krea_local.WeightsNotFound as error:
+    print(error)
+"""
+    with Hub({weights.SAFETY_CHECKER_REPO: tiny_folder / "safety_checker"}).running() as hub:
+        answer = run(code, hub, tmp_path)
+    assert "enable_safety_checker=False" in answer.stdout, answer.stderr
+    assert "model='tiny'" in answer.stdout
+    assert hub.asked == []
+
+
 def test_srpo_takes_its_transformer_alone_and_the_rest_from_dev(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
