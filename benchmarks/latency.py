@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.random_model import krea_of
+from krea_local.errors import InvalidRequest, KreaError
 from krea_local.info import versions
 from krea_local.pipeline import Krea
 from krea_local.schema import PRESETS
@@ -34,9 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="tiny", help="tiny, random-12b, a folder or a hub id")
     parser.add_argument("--image-size", default="1024x1024", help="WIDTHxHEIGHT or a preset")
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--batch", type=int, default=1, help="images a call, denoised together")
-    parser.add_argument("--runs", type=int, default=5, help="measured calls, after the first image")
+    parser.add_argument("--steps", type=_positive, default=28)
+    parser.add_argument(
+        "--batch", type=_positive, default=1, help="images a call, denoised together"
+    )
+    parser.add_argument(
+        "--runs", type=_positive, default=5, help="measured calls, after the first image"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--offload", default="none")
@@ -45,7 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, help="append the JSON line to this file too")
     options = parser.parse_args(arguments)
-    result = measure(options)
+    try:
+        result = measure(options)
+    except KreaError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     print(table(result, options.gpu_price))
     line = json.dumps(result)
     if options.output:
@@ -75,15 +83,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             seed=run,
         )
         calls.append((time.perf_counter() - start, dict(result.timings)))
-    hot = calls[1:] or calls
+    hot = calls[1:]
     return {
         "engine": f"krea_local:{krea.acceleration}",
         "model": krea.label,
         "device": _device_name(krea),
         "dtype": str(krea.dtype).removeprefix("torch."),
         "offload": krea.offload,
-        "width": width,
-        "height": height,
+        "width": result.images[0].width,  # as drawn, which rounding may have changed
+        "height": result.images[0].height,
         "steps": options.steps,
         "batch": options.batch,
         "runs": len(hot),
@@ -132,7 +140,16 @@ def _size(text: str) -> tuple[int, int]:
         if text == preset:
             return size
     width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise InvalidRequest(f"--image-size {text}: should be WIDTHxHEIGHT or a preset")
     return int(width), int(height)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _device_name(krea: Krea) -> str:

@@ -72,10 +72,10 @@ def load(
         OutOfMemory: it does not fit onto the GPU.
         InvalidRequest: a parameter that is none of the above.
     """
-    _check_one_of("acceleration", acceleration, get_args(Acceleration))
-    if not 0 <= safety_threshold <= 1:
+    level = _one_of("acceleration", acceleration, get_args(Acceleration))
+    if not isinstance(safety_threshold, (int, float)) or not 0 <= safety_threshold <= 1:
         raise InvalidRequest(f"safety_threshold={safety_threshold!r}: should be between 0 and 1")
-    if batch_size not in (1, 2, 3, 4):
+    if type(batch_size) is not int or not 1 <= batch_size <= 4:
         raise InvalidRequest(f"batch_size={batch_size!r}: should be 1, 2, 3 or 4")
     import torch
 
@@ -84,32 +84,33 @@ def load(
     from krea_local.progress import Bar
     from krea_local.safety import SafetyChecker
 
-    plan = memory.check_offload(offload)
-    place = choose_device(device)
-    number = choose_dtype(dtype, place)
-    checkpoint = weights.find(model, token=token)
+    offload = memory.check_offload(offload)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    with weights.hub_bars(show=progress):
+        checkpoint = weights.find(model, token=token)
     loading.check_layout(checkpoint)
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
-    home = place if plan == "none" else torch.device("cpu")
+    home = device if offload == "none" else torch.device("cpu")
+    advice = "load with offload='model', or free the GPU" if offload == "none" else "free memory"
     try:
-        with memory.explained_out_of_memory("load with offload='model', or free the GPU"):
-            models = loading.load_models(
-                checkpoint, dtype=number, device=home, on_bytes=bar.advance
-            )
+        with memory.explained_out_of_memory(advice):
+            models = loading.load_models(checkpoint, dtype=dtype, device=home, on_bytes=bar.advance)
     finally:
         bar.close()
 
     def load_safety_checker() -> SafetyChecker:
-        folder = weights.find_safety_checker(checkpoint, safety_checker)
-        return SafetyChecker(folder, device=place, threshold=safety_threshold)
+        with weights.hub_bars(show=progress):
+            folder = weights.find_safety_checker(checkpoint, safety_checker)
+        return SafetyChecker(folder, device=device, threshold=safety_threshold)
 
     return Krea(
         models,
-        device=place,
+        device=device,
         label=checkpoint.label,
         guidance_scale=checkpoint.family.guidance_scale,
-        acceleration=acceleration,  # type: ignore[arg-type]  # checked above
-        offload=plan,
+        acceleration=level,
+        offload=offload,
         load_safety_checker=load_safety_checker,
         batch_size=batch_size,
         progress=progress,
@@ -174,7 +175,14 @@ def _kept(model: str | os.PathLike[str] | None) -> Krea:
     name = os.fspath(model) if model is not None else os.environ.get(MODEL_VARIABLE, "")
     with _keeping:
         if name not in _kept_models:
-            _kept_models.clear()  # first, so that two models never share the GPU
+            from krea_local import loading, weights
+
+            # Before the model that is kept is given up, see that there is another.
+            with weights.hub_bars(show=True):
+                loading.check_layout(weights.find(name or None))
+            for other in _kept_models.values():
+                other.wait_until_idle()
+            _kept_models.clear()  # first, so that two models do not share the GPU
             _kept_models[name] = load(name or None)
         return _kept_models[name]
 
@@ -197,7 +205,7 @@ def choose_device(device: str | torch.device) -> torch.device:
             f"device={device!r}: should be 'auto', 'cuda', 'cuda:N' or 'cpu'"
         ) from error
     if place.type == "cpu":
-        return place
+        return torch.device("cpu")
     if place.type != "cuda":
         raise DeviceUnavailable(f"device={str(place)!r}: only 'cuda' and 'cpu' are supported")
     if not torch.cuda.is_available():
@@ -209,7 +217,8 @@ def choose_device(device: str | torch.device) -> torch.device:
     count = torch.cuda.device_count()
     if place.index is not None and place.index >= count:
         raise DeviceUnavailable(f"device={str(place)!r}: there are {count} GPUs, from cuda:0")
-    return place
+    # With its number: "cuda" alone means another GPU in another thread, and equals no tensor's.
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -232,6 +241,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return number
 
 
-def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidRequest(f"{name}={value!r}: should be one of {', '.join(map(repr, allowed))}")
+def _one_of(name: str, value: str, allowed: tuple[Acceleration, ...]) -> Acceleration:
+    for one in allowed:
+        if value == one:
+            return one
+    raise InvalidRequest(f"{name}={value!r}: should be one of {', '.join(map(repr, allowed))}")

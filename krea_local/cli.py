@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -24,8 +25,10 @@ from krea_local.errors import (
     InvalidRequest,
     KreaError,
     KreaWarning,
+    OutputFailed,
     WeightsError,
 )
+from krea_local.paths import expanded
 from krea_local.schema import (
     Acceleration,
     ImageSize,
@@ -46,6 +49,7 @@ OK, FAILED, USAGE, WEIGHTS, GPU, FILTERED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3
 EXIT_CODES = """exit codes:
   0 ok    1 failed    2 usage    3 weights or licence    4 GPU
   5 every image was filtered    6 some of several prompts failed    130 interrupted"""
+DEBUG_VARIABLE = "KREA_LOCAL_DEBUG"
 EXTENSIONS = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
 # Fields of the API's JSON that say nothing to a command line: the prompt is positional, and
 # sync_mode is about URLs in a response.
@@ -76,6 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `krea-local … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except Exception as error:  # a bug, ours or a library's: still one line, and the way to more
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        kind = type(error).__name__
+        hint = f"{DEBUG_VARIABLE}=1 shows where"
+        print(f"krea-local: unexpected {kind}: {_one_line(error)}; {hint}", file=sys.stderr)
+        return FAILED
 
 
 def exit_code(error: KreaError) -> int:
@@ -105,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         ("img2img", Img2ImgRequest, "Redraw a picture after a prompt."),
     ):
         command = _command(commands, name, text, _generate)
-        command.set_defaults(request=request, command=name)
+        command.set_defaults(request=request)
         _add_request(command, request)
         _add_sources(command)
         _add_loading(command)
@@ -228,9 +239,9 @@ def _generate(parsed: argparse.Namespace) -> int:
     if "image_size" in flags:
         flags["image_size"] = _image_size(flags["image_size"])
     arguments |= flags
-    target, output_format = _target(given.get("output"), flags.get("output_format"))
-    if output_format:
-        arguments["output_format"] = output_format
+    target, named_format = _target(given.get("output"), flags.get("output_format"))
+    if named_format:
+        arguments["output_format"] = named_format
     requests = [
         parsed.request.parse({**arguments, **prompt}, text=True)
         for prompt in _prompts(given, arguments)
@@ -245,7 +256,9 @@ def _generate(parsed: argparse.Namespace) -> int:
     codes = []
     for request in requests:
         try:
-            codes.append(_draw(krea, request, target, as_json="json" in given))
+            result = krea.run(request)
+            files = target.write(result, only=len(requests) == 1)
+            codes.append(_print(result, files, krea.label, as_json="json" in given))
         except KreaError as error:
             if len(requests) == 1 or isinstance(error, Cancelled):
                 raise
@@ -264,15 +277,13 @@ def _load(given: dict[str, Any], model: str | None) -> Krea:
     return load(model, progress="quiet" not in given, **options)
 
 
-def _draw(krea: Krea, request: Request, target: Path | None, *, as_json: bool) -> int:
-    result = krea.run(request)
-    files = _write(result, target)
+def _print(result: Result, files: list[Path], label: str, *, as_json: bool) -> int:
     if as_json:
         answer = result.to_api(sync_mode=True)
         for image, file in zip(answer["images"], files, strict=True):
             image["url"] = file.absolute().as_uri()
             image["file"] = str(file)
-        answer |= {"model": krea.label, "notices": list(result.notices)}
+        answer |= {"model": label, "notices": list(result.notices)}
         print(json.dumps(answer), flush=True)
     else:
         for file, flagged in zip(files, result.has_nsfw_concepts, strict=True):
@@ -281,30 +292,45 @@ def _draw(krea: Krea, request: Request, target: Path | None, *, as_json: bool) -
     return FILTERED if all(result.has_nsfw_concepts) else OK
 
 
-def _write(result: Result, target: Path | None) -> list[Path]:
-    """Write the pictures: to the named file, or as new files in the named folder or this one."""
-    if target is None or not target.suffix or target.is_dir():
-        return result.save(target or Path())
-    if len(result.images) > 1:
-        return result.save(target.parent, name=target.stem)
-    from krea_local.recipe import encode, write_atomically
+@dataclass(frozen=True)
+class _Target:
+    """Where pictures go: new files in `folder`, or, with `file`, that one file, overwritten."""
 
-    write_atomically(encode(result.images[0], result.output_format), target, overwrite=True)
-    return [target]
+    folder: Path
+    file: Path | None = None
+
+    def write(self, result: Result, *, only: bool) -> list[Path]:
+        """Write the pictures; `only` if they are the command's only ones."""
+        if self.file is None:
+            return result.save(self.folder)
+        if not only or len(result.images) > 1:
+            return result.save(self.folder, name=self.file.stem)
+        from krea_local.recipe import encode, write_atomically
+
+        write_atomically(encode(result.images[0], result.output_format), self.file, overwrite=True)
+        return [self.file]
 
 
-def _target(output: str | None, output_format: str | None) -> tuple[Path | None, str | None]:
-    """Where to write, and the format that the name asks for."""
-    if output is None:
-        return None, None
-    target = Path(output).expanduser()
-    if target.is_dir() or output.endswith(("/", os.sep)) or not target.suffix:
-        return target.with_suffix(""), None
-    named = EXTENSIONS.get(target.suffix.lower())
-    if named is None:
-        raise InvalidRequest(f"--output {output}: should be a .jpeg or .png file, or a folder")
-    if output_format not in (None, named):
-        raise InvalidRequest(f"--output {output}: ends in {target.suffix}, not .{output_format}")
+def _target(output: str | None, output_format: str | None) -> tuple[_Target, str | None]:
+    """Where to write, and the format that the file's name asks for.
+
+    The folder is made now: what cannot be written is better known before the picture is drawn.
+    """
+    path = expanded(output) if output else Path()
+    is_folder = path.is_dir() or not path.suffix or (output or "").endswith(("/", os.sep))
+    target = _Target(path) if is_folder else _Target(path.parent, path)
+    named = None
+    if target.file is not None:
+        named = EXTENSIONS.get(path.suffix.lower())
+        if named is None:
+            raise InvalidRequest(f"--output {output}: should be a .jpeg or .png file, or a folder")
+        if output_format not in (None, named):
+            raise InvalidRequest(f"--output {output}: ends in {path.suffix}, not .{output_format}")
+    try:
+        target.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputFailed(f"cannot make the folder {str(target.folder)!r}: {reason}") from error
     return target, named
 
 
@@ -339,7 +365,8 @@ def _image_size(text: str) -> str | ImageSize | dict[str, str]:
 def _tiny(parsed: argparse.Namespace) -> int:
     from krea_local.tiny import write_tiny
 
-    print(write_tiny(parsed.folder.expanduser()))
+    write_tiny(expanded(parsed.folder))
+    print(parsed.folder)
     return OK
 
 
@@ -354,12 +381,16 @@ def _info(parsed: argparse.Namespace) -> int:
 def _report(error: KreaError, *, as_json: bool) -> int:
     """One line for people on standard error; with --json one for programs on standard output."""
     code = exit_code(error)
-    message = " ".join(str(error).split())
+    message = _one_line(error)
     print(f"krea-local: {message}", file=sys.stderr)
     if as_json:
         fault = {"type": type(error).__name__, "message": message, "exit_code": code}
         print(json.dumps({"error": fault}), flush=True)
     return code
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

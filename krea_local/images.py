@@ -11,6 +11,8 @@ import binascii
 import hashlib
 import io
 import os
+import queue
+import threading
 import time
 import urllib.parse
 import warnings
@@ -20,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from krea_local.errors import InvalidImage
+from krea_local.errors import InvalidImage, InvalidRequest
+from krea_local.paths import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,15 +109,15 @@ def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def _read_file(path: Path) -> bytes:
-    path = path.expanduser()
     try:
+        path = expanded(path)
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidImage(f"image_url: cannot read {str(path)!r}: {reason}") from error
-    except ValueError as error:  # a NUL in the name
-        raise InvalidImage(f"image_url: {str(path)!r} is not a path: {error}") from error
+    except InvalidRequest as error:
+        raise InvalidImage(f"image_url: {error}") from error
     return data
 
 
@@ -138,37 +141,60 @@ def _public_name(url: str) -> str:
         parts = urllib.parse.urlsplit(url)
         return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"[:200]
     except ValueError as error:
-        raise InvalidImage(f"image_url: {url[:200]!r} is not a URL: {error}") from error
+        raise InvalidImage(f"image_url: is not a URL: {error}") from error
 
 
 def _fetch(url: str, shown: str) -> bytes:
+    """The bytes behind a URL, in FETCH_SECONDS at the most.
+
+    A thread of its own fetches, because no timeout of an HTTP client bounds the whole of an
+    answer: a server may send its headers, too, a byte at a time.
+    """
+    answer: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answer.put(_download(url, shown))
+        except Exception as error:
+            answer.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        found = answer.get(timeout=FETCH_SECONDS)
+    except queue.Empty:
+        raise InvalidImage(
+            f"image_url: {shown} took over {FETCH_SECONDS:g} s to arrive: download it and pass the "
+            "file"
+        ) from None
+    if isinstance(found, bytes):
+        return found
+    if isinstance(found, InvalidImage):
+        raise found
+    # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
+    reason = str(found) or type(found).__name__
+    raise InvalidImage(f"image_url: could not load {shown}: {reason}") from found
+
+
+def _download(url: str, shown: str) -> bytes:
     import httpx
 
     deadline = time.monotonic() + FETCH_SECONDS
     data = bytearray()
-    try:
-        with (
-            httpx.Client(follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=10) as client,
-            client.stream("GET", url) as response,
-        ):
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > MAX_FILE_BYTES:
-                    raise InvalidImage(
-                        f"image_url: {shown} is over {MAX_FILE_BYTES // 2**20} MiB, the limit"
-                    )
-                if time.monotonic() > deadline:
-                    raise InvalidImage(
-                        f"image_url: {shown} took over {FETCH_SECONDS:g} s to arrive: "
-                        "download it and pass the file"
-                    )
-    except httpx.HTTPStatusError as error:
-        status = f"{error.response.status_code} {error.response.reason_phrase}"
-        raise InvalidImage(f"image_url: {shown} answered {status}") from error
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        reason = str(error) or type(error).__name__
-        raise InvalidImage(f"image_url: could not load {shown}: {reason}") from error
+    with (
+        httpx.Client(follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=10) as client,
+        client.stream("GET", url) as response,
+    ):
+        if not response.is_success:
+            status = f"{response.status_code} {response.reason_phrase}"
+            raise InvalidImage(f"image_url: {shown} answered {status}")
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) > MAX_FILE_BYTES:
+                raise InvalidImage(
+                    f"image_url: {shown} is over {MAX_FILE_BYTES // 2**20} MiB, the limit"
+                )
+            if time.monotonic() > deadline:
+                break  # nobody waits any more
     return bytes(data)
 
 
@@ -184,11 +210,13 @@ def _decode(data: bytes, *, name: str, origin: str) -> InputImage:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(image, origin)
                 return _upright_rgb(image, name=name, origin=origin)
+        except InvalidImage:
+            raise
         except UnidentifiedImageError as error:
             known = ", ".join(FORMATS)
             raise InvalidImage(f"{origin}: is not an image ({known} are read)") from error
-        except Image.DecompressionBombError as error:
-            raise InvalidImage(f"{origin}: {error}") from error
+        except Exception as error:
+            raise _undecodable(origin, error) from error
 
 
 def _check_pixels(image: Image.Image, origin: str) -> None:
@@ -212,29 +240,36 @@ def _upright_rgb(image: Image.Image, *, name: str, origin: str) -> InputImage:
         image.load()
         upright = ImageOps.exif_transpose(image)
         rgb = _to_rgb(upright)
-    except MemoryError as error:
-        raise InvalidImage(f"{origin}: does not fit into memory") from error
+        if _is_transparent(upright):
+            notices.append(f"{origin} is transparent: it was laid on white")
     except Exception as error:
-        # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, IndexError … on
-        # damaged files; to the caller all of them mean the same.
-        raise InvalidImage(f"{origin}: cannot be decoded: {error}") from error
-    if _is_transparent(upright):
-        notices.append(f"{origin} is transparent: it was laid on white")
+        raise _undecodable(origin, error) from error
     digest = hashlib.sha256(b"%dx%d" % rgb.size + rgb.tobytes()).hexdigest()
     return InputImage(image=rgb, name=name, sha256=digest, notices=tuple(notices))
 
 
+def _undecodable(origin: str, error: Exception) -> InvalidImage:
+    # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, RuntimeError … on
+    # damaged files; to the caller all of them mean the same.
+    return InvalidImage(f"{origin}: cannot be decoded: {str(error) or type(error).__name__}")
+
+
 def _is_transparent(image: Image.Image) -> bool:
-    if "transparency" in image.info:
-        return True
+    """Whether any pixel is; having an alpha channel, or a transparent colour unused, is not."""
     bands = image.getbands()
-    return ("A" in bands or "a" in bands) and image.convert("RGBA").getchannel(
-        "A"
-    ).getextrema() != (255, 255)
+    may_be = "A" in bands or "a" in bands or "transparency" in image.info
+    if not may_be or _is_deep(image):
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Grey of more than 8 bits, or of floats."""
+    return image.mode.startswith(("I", "F"))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
+    if _is_deep(image):
         return _grey_to_rgb(image)
     if _is_transparent(image):
         rgba = image.convert("RGBA")
@@ -244,13 +279,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey; Pillow's own conversion clips them to white."""
+    """16-bit, 32-bit and float grey, which Pillow's own conversion clips to white.
+
+    16-bit files say so; for the others the largest value tells whether white is 1, 255, 65535 or
+    2^32 - 1.
+    """
     import numpy as np
 
-    grey = np.asarray(image).astype(np.float64)
-    if image.mode == "F" and grey.size and np.nanmax(grey) <= 1:
-        grey = grey * 65535
-    if image.mode == "I" and grey.size and grey.max() > 65535:
-        grey = grey / 65536
-    eight_bits = np.nan_to_num(grey / 257).clip(0, 255).round().astype(np.uint8)
+    grey = np.nan_to_num(np.asarray(image).astype(np.float64))
+    largest = float(grey.max())
+    if image.mode.startswith("I;16"):
+        white = 65535
+    else:
+        whites = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        white = next((one for one in whites if largest <= one), 2**32 - 1)
+    eight_bits = (grey * 255 / white).clip(0, 255).round().astype(np.uint8)
     return Image.fromarray(eight_bits).convert("RGB")

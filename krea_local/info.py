@@ -6,6 +6,7 @@ Knows nothing of requests or of how pictures are made.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -32,9 +33,11 @@ def gather() -> dict[str, Any]:
         "versions": versions(),
         "cuda": torch.version.cuda,
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "model": _found(lambda: weights.find().label),
+        "model": _found(lambda: weights.find(fetch=False).label),
         "safety_checker": _found(
-            lambda: str(weights.find_safety_checker(weights.find(), weights.SAFETY_CHECKER_REPO))
+            lambda: weights.find_safety_checker(
+                weights.find(fetch=False), weights.SAFETY_CHECKER_REPO
+            )
         ),
     }
 
@@ -98,7 +101,7 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _found(look: Any) -> str:
+def _found(look: Callable[[], object]) -> str:
     try:
         return str(look())
     except KreaError as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
     )
 
     from krea_local.sampling import Shift
+
+# What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
+HARMLESS_TENSORS = (
+    r"(^|\.)position_ids$|^encoder\.embed_tokens\.weight$|^(text|visual)_projection\.weight$"
+    r"|^logit_scale$|^vision_model\.|^decoder\.|^lm_head\."
+)
 
 OnBytes = Callable[[str, int], None]
 """(component, bytes read since the last call), while a checkpoint is read."""
@@ -78,6 +86,10 @@ def load_models(
         load_pretrained(kind, folder / name, dtype=dtype, device=device, on_bytes=report)
         for kind, name in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
     )
+    vae_config = _read_json(folder / "vae" / "config.json")
+    for name in ("scaling_factor", "shift_factor"):
+        # FLUX.1's file has both; diffusers' own defaults are those of Stable Diffusion.
+        _number(vae_config, name, math.nan, folder / "vae" / "config.json")
     vae = _load_module(
         AutoencoderKL, folder / "vae", weight_files(folder / "vae"), dtype, device, report
     )
@@ -124,7 +136,9 @@ def check_layout(checkpoint: Checkpoint) -> None:
     for name in COMPONENTS:
         if not (folder / name / "config.json").exists():
             raise WeightsNotFound(f"no config.json in {str(folder / name)!r}: weights.md shows it")
-        if name != "transformer" or checkpoint.transformer_file is None:
+        if name == "transformer" and checkpoint.transformer_file:
+            check_safetensors(checkpoint.transformer_file)
+        else:
             weight_files(folder / name)
     config = _read_json(folder / "transformer" / "config.json")
     kind = config.get("_class_name", "FluxTransformer2DModel")
@@ -140,6 +154,12 @@ def check_layout(checkpoint: Checkpoint) -> None:
                 f"{str(folder)!r} takes {config.get('in_channels')} channels, unlike FLUX.1 [dev]"
             )
         )
+    axes, head = config.get("axes_dims_rope", [16, 56, 56]), config.get("attention_head_dim", 128)
+    if not isinstance(axes, list) or sum(map(_as_int, axes)) != head:
+        raise WeightsInvalid(
+            f"{str(folder / 'transformer' / 'config.json')!r} has axes_dims_rope={axes!r}, which "
+            f"should add up to attention_head_dim={head!r}"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -151,8 +171,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        shards = sorted(set(_read_json(indices[0]).get("weight_map", {}).values()))
-        files = [folder / shard for shard in shards]
+        where = _read_json(indices[0]).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(one, str) for one in where.values()):
+            raise WeightsInvalid(f"{str(indices[0])!r} should hold a weight_map of file names")
+        files = [folder / shard for shard in sorted(set(where.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -199,9 +221,14 @@ def check_safetensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
         if isinstance(error, WeightsError):
             raise
         raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
-    header: dict[str, dict[str, Any]] = content
-    header.pop("__metadata__", None)
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    try:
+        header: dict[str, dict[str, Any]] = dict(content)
+        header.pop("__metadata__", None)
+        shapes = [tuple(map(int, tensor["shape"])) for tensor in header.values()]
+        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        assert len(shapes) == len(header)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
     if 8 + length + end != size:
         raise WeightsInvalid(
             f"{str(file)!r} is truncated: {size:,} of {8 + length + end:,} bytes; fetch it again"
@@ -222,6 +249,8 @@ def load_pretrained(
     transformers renames tensors between its versions, so its own reader is used; it fills missing
     tensors with random numbers and goes on, which here is an error.
     """
+    from krea_local.memory import is_out_of_memory
+
     files = weight_files(folder)
     with _quiet_transformers():
         try:
@@ -233,17 +262,25 @@ def load_pretrained(
                 ignore_mismatched_sizes=True,  # reported in `loaded`, and refused below
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # A configuration can ask for anything, and each class fails at it in its own way.
             raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
     faults = [f"{name} is missing" for name in sorted(loaded["missing_keys"])]
     faults += [
         f"{name} is {tuple(found)} where config.json says {tuple(wanted)}"
         for name, found, wanted in sorted(loaded["mismatched_keys"])
     ]
+    faults += [
+        f"{name} is not part of the model"
+        for name in sorted(loaded["unexpected_keys"])
+        if not re.search(HARMLESS_TENSORS, name)
+    ]
     _refuse_faults(str(folder), faults)
     if on_bytes:
         on_bytes(folder.name, sum(file.stat().st_size for file in files))
-    return model.eval().to(device)
+    return model.eval().requires_grad_(False).to(device)
 
 
 def _refuse_pipeline(pipeline: str, folder: Path) -> None:
@@ -288,11 +325,22 @@ def _read_shift(file: Path) -> Shift:
             )
     known = Shift()
     return Shift(
-        base=config.get("base_shift", known.base),
-        max=config.get("max_shift", known.max),
-        base_seq_len=config.get("base_image_seq_len", known.base_seq_len),
-        max_seq_len=config.get("max_image_seq_len", known.max_seq_len),
+        base=_number(config, "base_shift", known.base, file),
+        max=_number(config, "max_shift", known.max, file),
+        base_seq_len=int(_number(config, "base_image_seq_len", known.base_seq_len, file)),
+        max_seq_len=int(_number(config, "max_image_seq_len", known.max_seq_len, file)),
     )
+
+
+def _as_int(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, file: Path) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise WeightsInvalid(f"{str(file)!r} has {name}={value!r}, not a number")
+    return value
 
 
 def load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
@@ -325,15 +373,16 @@ def _load_module(
     on_bytes: OnBytes,
 ) -> Any:
     """Build a diffusers model without memory, then read its tensors one by one onto `device`."""
-    from accelerate import init_empty_weights
-    from safetensors import safe_open
+    import torch
+    from safetensors import SafetensorError, safe_open
 
     config = _read_json(folder / "config.json")
     try:
-        with init_empty_weights():
+        with torch.device("meta"):  # of this thread only, unlike accelerate's patch of nn.Module
             model = kind.from_config(config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {error}") from error
+    except Exception as error:  # a configuration can ask for anything
+        reason = str(error) or type(error).__name__
+        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -348,11 +397,14 @@ def _load_module(
     _refuse_faults(", ".join(str(file) for file in files), faults)
     state = {}
     for file in files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                tensor = reader.get_tensor(name)
-                state[name] = tensor.to(device=device, dtype=dtype)
-                on_bytes(folder.name, tensor.nbytes)
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    tensor = reader.get_tensor(name)
+                    state[name] = tensor.to(device=device, dtype=dtype)
+                    on_bytes(folder.name, tensor.nbytes)
+        except SafetensorError as error:
+            raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -6,6 +6,7 @@ Knows nothing of requests or of how pictures are made.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -78,15 +79,28 @@ def on_device(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn torch's out-of-memory error into ours, which says what to do.
+    """Turn the many errors of running out of memory into ours, which says what to do.
 
     Raises:
-        OutOfMemory: the block ran out of GPU memory.
+        OutOfMemory: the block ran out of memory.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        detail = str(error).split(". ")[0]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Frames of the failed call hold its tensors for as long as somebody holds the error.
+        traceback.clear_frames(error.__traceback__)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        raise OutOfMemory(f"the GPU's memory does not suffice ({detail}): {advice}") from error
+        detail = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        raise OutOfMemory(f"memory does not suffice ({detail}): {advice}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is torch's error for that, or what cuBLAS, cuDNN, the driver or the CPU say."""
+    text = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "alloc_failed", "not enough memory")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from krea_local import text
 from krea_local._version import __version__
-from krea_local.errors import GenerationFailed, InvalidImage, KreaWarning
+from krea_local.errors import (
+    GenerationFailed,
+    InvalidImage,
+    InvalidRequest,
+    KreaWarning,
+    WeightsNotFound,
+)
 from krea_local.images import (
     InputImage,
     image_to_pixels,
@@ -66,7 +72,10 @@ STAGES: dict[type[Txt2ImgRequest | Img2ImgRequest], tuple[Stage, ...]] = {
     Img2ImgRequest: ("text", "encode", "denoise", "decode", "safety"),
 }
 CACHED_PROMPTS = 8  # 4 MB each
-OUT_OF_MEMORY_ADVICE = "make the image smaller, load with offload='model', or free the GPU"
+OUT_OF_MEMORY_ADVICE: dict[Offload, str] = {
+    "none": "load with offload='model', make the image smaller, or free the GPU",
+    "model": "make the image smaller, or free the GPU",
+}
 
 
 class Krea:
@@ -113,9 +122,10 @@ class Krea:
         self._load_safety_checker = load_safety_checker
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # held while the models work
+        self._running: threading.Thread | None = None
         self._cancelled = threading.Event()
-        self._running = False
+        self._switch = threading.Lock()  # held while the two lines above change
 
     @property
     def vae_scale(self) -> int:
@@ -198,15 +208,24 @@ class Krea:
             on_step: called after each piece of work; may raise `Cancelled`.
             stacklevel: whose line a `KreaWarning` names, as in `warnings.warn`.
         """
+        if self._running is threading.current_thread():
+            raise InvalidRequest("on_step cannot draw with the model that is calling it")
         request = self._with_own_defaults(request)
+        # Before the lock: fetching an image is not the GPU's business.
+        planned = self._plan_size(request)
         with self._lock:
-            self._cancelled.clear()
-            self._running = True
+            with self._switch:
+                self._cancelled.clear()
+                self._running = threading.current_thread()
             try:
-                with torch.inference_mode(), explained_out_of_memory(OUT_OF_MEMORY_ADVICE):
-                    result = self._run(request, on_step)
+                with (
+                    torch.inference_mode(),
+                    explained_out_of_memory(OUT_OF_MEMORY_ADVICE[self.offload]),
+                ):
+                    result = self._run(request, *planned, on_step)
             finally:
-                self._running = False
+                with self._switch:
+                    self._running = None
         for notice in result.notices:
             warnings.warn(notice, KreaWarning, stacklevel=stacklevel)
         return result
@@ -215,11 +234,19 @@ class Krea:
         """Stop the call under way, from another thread: it raises `Cancelled` within a step.
 
         Returns:
-            Whether there was a call to stop.
+            Whether there was a call to stop. One that is past its last check still ends well.
         """
-        self._cancelled.set()
-        return self._running
+        with self._switch:
+            if self._running is not None:
+                self._cancelled.set()
+            return self._running is not None
 
+    def wait_until_idle(self) -> None:
+        """Return when no call is under way."""
+        with self._lock:
+            pass
+
+    @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor, str | None]:
         """`prompt` as the transformer takes it, from a cache of the last few prompts.
 
@@ -227,17 +254,18 @@ class Krea:
             prompt_embeds [1, 512, 4096], pooled_prompt_embeds [1, 768], and where the prompt was
             cut if it has more than 512 tokens.
         """
-        if prompt in self._prompts:
+        models = self.models
+        with self._lock:
+            if prompt not in self._prompts:
+                with self._resident(models.text_encoder, models.text_encoder_2):
+                    embeds = text.encode_prompt(models, prompt, self.device)
+                self._prompts[prompt] = (*embeds, text.where_cut(models, prompt))
+                if len(self._prompts) > CACHED_PROMPTS:
+                    self._prompts.popitem(last=False)
             self._prompts.move_to_end(prompt)
             return self._prompts[prompt]
-        models = self.models
-        with self._resident(models.text_encoder, models.text_encoder_2):
-            embeds = text.encode_prompt(models, prompt, self.device)
-        self._prompts[prompt] = (*embeds, text.where_cut(models, prompt))
-        if len(self._prompts) > CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
-        return self._prompts[prompt]
 
+    @torch.inference_mode()
     def encode_image(self, image: Image.Image) -> Tensor:
         """Image → latent map [1, 16, H/8, W/8]: the mode of the posterior, so without chance."""
         vae = self.models.vae
@@ -247,6 +275,7 @@ class Krea:
         latent_map: Tensor = (encoded - vae.config["shift_factor"]) * vae.config["scaling_factor"]
         return latent_map
 
+    @torch.inference_mode()
     def decode(self, latents: Tensor, *, width: int, height: int) -> Tensor:
         """Latents [B, S, 64] → pixels [B, 3, H, W] in about [-1, 1]."""
         vae = self.models.vae
@@ -258,6 +287,7 @@ class Krea:
             pixels: Tensor = vae.decode(latent_map, return_dict=False)[0]
         return pixels
 
+    @torch.inference_mode()
     def latents(
         self,
         request: Txt2ImgRequest | Img2ImgRequest,
@@ -282,14 +312,15 @@ class Krea:
         steps = request.num_inference_steps
         sigmas = flow_sigmas(steps, rows * columns, self.models.shift)
         channels = self.models.vae.config["latent_channels"]
-        noise = draw_noise(seeds, (channels, 2 * rows, 2 * columns), self.dtype).to(self.device)
+        shape = (channels, 2 * rows, 2 * columns)
+        latent_map = draw_noise(seeds, shape, self.dtype).to(self.device)
         if clean is not None:
             assert isinstance(request, Img2ImgRequest)
             sigmas = sigmas[steps - steps_to_run(steps, request.strength) :]
-            noise = add_noise(clean, noise, sigmas[0])
+            latent_map = add_noise(clean, latent_map, sigmas[0])
         velocity = self._velocity(request, batch=len(seeds), rows=rows, columns=columns)
         with self._resident(self.models.transformer):
-            return denoise(velocity, pack(noise), sigmas, on_step)
+            return denoise(velocity, pack(latent_map), sigmas, on_step)
 
     def _velocity(
         self, request: Txt2ImgRequest | Img2ImgRequest, *, batch: int, rows: int, columns: int
@@ -319,11 +350,18 @@ class Krea:
 
         return velocity
 
-    def _run(self, request: Txt2ImgRequest | Img2ImgRequest, on_step: OnStep | None) -> Result:
+    def _run(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        input_image: InputImage | None,
+        size: tuple[int, int],
+        notices: list[str],
+        on_step: OnStep | None,
+    ) -> Result:
         assert request.seed is not None
         start = time.perf_counter()
         checker = self._checker() if request.enable_safety_checker else None
-        input_image, (width, height), notices = self._plan_size(request)
+        width, height = size
         steps = request.num_inference_steps
         if isinstance(request, Img2ImgRequest):
             steps = steps_to_run(steps, request.strength)
@@ -392,7 +430,9 @@ class Krea:
         with self._resident(self.models.vae):
             for i, one in enumerate(latents[:, None]):  # [1, S, 64] each
                 with call.stage("decode"):
-                    images += pixels_to_images(self.decode(one, width=width, height=height))
+                    pixels = self.decode(one, width=width, height=height)
+                    self._refuse_nan(pixels, request)
+                    images += pixels_to_images(pixels)
                 call.advance("decode", image=i)
         return images
 
@@ -430,13 +470,16 @@ class Krea:
                     )
                 )
             latents = torch.cat(batches)
-            # One wait for the GPU, after the loop: rather an error than a black picture.
-            if not bool(latents.isfinite().all()):
-                raise GenerationFailed(
-                    f"{self.label} produced NaN or infinity at seed {request.seed}: its weights "
-                    "are damaged (weights.md says how to verify them), or the GPU is"
-                )
+            self._refuse_nan(latents, request)  # waits for the GPU, once, after the loop
         return latents
+
+    def _refuse_nan(self, tensor: Tensor, request: Txt2ImgRequest | Img2ImgRequest) -> None:
+        """Rather an error than a black picture."""
+        if not bool(tensor.isfinite().all()):
+            raise GenerationFailed(
+                f"{self.label} produced NaN or infinity at seed {request.seed}: its weights are "
+                "damaged (weights.md says how to verify them), or the GPU is"
+            )
 
     def _screen(
         self, checker: SafetyChecker, images: list[Image.Image], call: Call
@@ -451,7 +494,13 @@ class Krea:
 
     def _checker(self) -> SafetyChecker:
         if self._safety_checker is None:
-            self._safety_checker = self._load_safety_checker()
+            try:
+                self._safety_checker = self._load_safety_checker()
+            except WeightsNotFound as error:
+                if "enable_safety_checker" in str(error):
+                    raise
+                message = f"{error}; or switch it off with enable_safety_checker=False"
+                raise WeightsNotFound(message) from error
         return self._safety_checker
 
     def _with_own_defaults(
@@ -515,8 +564,10 @@ class Krea:
 
     @contextlib.contextmanager
     def _resident(self, *modules: nn.Module) -> Iterator[None]:
-        if self.offload == "none":
-            yield
-        else:
-            with on_device(list(modules), self.device):
+        """Have `modules` on the device, and to oneself."""
+        with self._lock:
+            if self.offload == "none":
                 yield
+            else:
+                with on_device(list(modules), self.device):
+                    yield

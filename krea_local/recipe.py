@@ -8,6 +8,7 @@ Knows nothing of requests or models; a recipe is a mapping.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -107,7 +108,8 @@ def write_atomically(data: bytes, path: Path, *, overwrite: bool = False) -> Non
         reason = error.strerror or str(error)
         raise OutputFailed(f"cannot write {str(path)!r}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide the error that matters
+            temporary.unlink(missing_ok=True)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,14 +125,14 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
                 text = str(getattr(image, "text", {}).get(KEY, ""))
             else:
                 text = str(image.getexif().get(_IMAGE_DESCRIPTION, ""))
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow raises many kinds on damaged files
         raise InvalidImage(
             f"{os.fspath(path)!r}: cannot be read as PNG or JPEG: {error}"
         ) from error
     try:
         recipe = json.loads(text)[KEY]
         assert isinstance(recipe, dict)
-    except (ValueError, KeyError, TypeError, AssertionError):
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
         raise InvalidImage(
             f"{os.fspath(path)!r}: carries no krea_local recipe (stripped, or made by another tool)"
         ) from None

@@ -15,6 +15,7 @@ from krea_local import weights
 from krea_local._version import __version__
 from krea_local.errors import InvalidRequest, WeightsError
 from krea_local.images import open_image
+from krea_local.loading import check_layout
 from krea_local.recipe import read_recipe
 from krea_local.schema import Img2ImgRequest, Txt2ImgRequest
 
@@ -65,8 +66,10 @@ def read_repeat(
             f"{picture} was made by {recipe.get('version')}, this is {version}: details may differ"
         )
     made_with = str(recipe.get("model"))
+    # Whether to screen pictures is this user's decision, not the recipe's.
+    fields = set(request.model_fields) - {"enable_safety_checker"}
     return Repeat(
-        arguments={name: recipe[name] for name in request.model_fields if name in recipe},
+        arguments={name: recipe[name] for name in recipe if name in fields},
         made_with=made_with,
         model=_at_hand(made_with),
         notices=tuple(notices),
@@ -74,10 +77,13 @@ def read_repeat(
 
 
 def _at_hand(made_with: str) -> str | None:
+    """The model as a folder, from which nothing is fetched; None if it is not all here."""
     if made_with == "tiny":
         return "tiny"
     if made_with in {family.repo for family in weights.FAMILIES}:
         with contextlib.suppress(WeightsError):
-            weights.find(made_with, fetch=False)
-            return made_with
+            checkpoint = weights.find(made_with, fetch=False)
+            check_layout(checkpoint)
+            if checkpoint.transformer_file is None:
+                return str(checkpoint.folder)
     return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from krea_local.errors import OutputFailed
+from krea_local.paths import expanded
 from krea_local.recipe import CONTENT_TYPES, GeneratedImage, encode, write_atomically
 from krea_local.schema import OutputFormat
 
@@ -60,7 +61,7 @@ class Result:
         Raises:
             OutputFailed: the folder or a file cannot be written.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -126,9 +127,11 @@ def _write_new(data: bytes, folder: Path, stem: str, result: Result) -> Path:
     for count in range(1, 10_000):
         suffix = "" if count == 1 else f"-{count}"
         path = folder / f"{stem}{suffix}.{extension}"
+        if path.exists():
+            continue
         try:
             write_atomically(data, path)
-        except FileExistsError:
+        except FileExistsError:  # another process was faster
             continue
         return path
     raise OutputFailed(f"{str(folder)!r} holds 10,000 pictures named {stem!r}: name another folder")

@@ -6,11 +6,12 @@ is flagged where the softmax of its "nsfw" class passes a threshold. Knows nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from krea_local.errors import WeightsInvalid, WeightsNotFound
+from krea_local.errors import GenerationFailed, WeightsInvalid, WeightsNotFound
 
 if TYPE_CHECKING:
     import torch
@@ -57,13 +58,23 @@ class SafetyChecker:
         self.threshold = threshold
 
     def probabilities(self, images: Sequence[Image]) -> list[float]:
-        """For each image the probability that it is not safe for work, 0 … 1."""
+        """For each image the probability that it is not safe for work, 0 … 1.
+
+        Raises:
+            GenerationFailed: the checker produced NaN.
+        """
         import torch
 
         inputs = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             logits = self._model(inputs.to(self._model.device)).logits
-        return [float(one) for one in logits.softmax(-1)[:, self._nsfw].cpu()]
+        probabilities = [float(one) for one in logits.softmax(-1)[:, self._nsfw].cpu()]
+        if not all(map(math.isfinite, probabilities)):
+            raise GenerationFailed(
+                "the safety checker produced NaN: its weights are damaged; get them again, or "
+                "switch it off with enable_safety_checker=False"
+            )
+        return probabilities
 
     def flags(self, images: Sequence[Image]) -> list[bool]:
         """For each image whether it passes the threshold."""

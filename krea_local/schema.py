@@ -110,7 +110,10 @@ def _integer(value: object) -> object:
     """Let numpy's integers pass as int; leave everything else to pydantic's strict check."""
     if isinstance(value, (bool, float)) or not hasattr(value, "__index__"):
         return value
-    return index(value)
+    try:
+        return index(value)
+    except TypeError:  # an array of several
+        return value
 
 
 Int = Annotated[int, BeforeValidator(_integer)]
@@ -195,6 +198,8 @@ class _Request(BaseModel):
     )
     seed: Int | None = Field(
         None,
+        ge=-(2**63),
+        le=2**64 - 1,
         description="Same seed, prompt and version give the same image. Default: drawn at random.",
     )
     guidance_scale: float = Field(
@@ -235,9 +240,9 @@ class _Request(BaseModel):
                 context={"wire": wire},
             )
         except ValidationError as error:
-            faults = error.errors(include_url=False)
-            message = "; ".join(_sentence(cls, dict(fault)) for fault in faults)
-            raise InvalidRequest(message, [dict(fault) for fault in faults]) from error
+            faults = [_plain(dict(fault)) for fault in error.errors(include_url=False)]
+            message = "; ".join(_sentence(cls, fault) for fault in faults)
+            raise InvalidRequest(message, faults) from error
 
     @classmethod
     def from_call(cls, arguments: Mapping[str, object]) -> Self:
@@ -325,7 +330,7 @@ def describe_limits(name: str, field: FieldInfo) -> str:
     ends = [
         getattr(rule, end) for end in ("ge", "le") for rule in field.metadata if hasattr(rule, end)
     ]
-    notes = [f"{ends[0]} … {ends[1]}"] if len(ends) == 2 else []
+    notes = [f"{ends[0]} … {ends[1]}"] if len(ends) == 2 and name != "seed" else []
     if name == "image_size":
         notes.append(", ".join(PRESETS))
     if not field.is_required() and field.default is not None:
@@ -338,11 +343,27 @@ def describe_limits(name: str, field: FieldInfo) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print some
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)
+
+
+def _plain(fault: dict[str, object]) -> dict[str, object]:
+    """A fault without what is ours alone: the union's tags, exceptions that JSON cannot hold."""
+    loc, context = fault["loc"], fault.get("ctx")
+    assert isinstance(loc, tuple)
+    fault["loc"] = tuple(part for part in loc if part not in ("preset", "custom"))
+    if isinstance(context, dict):
+        fault["ctx"] = {name: value for name, value in context.items() if name != "error"}
+    return fault
+
+
 def _sentence(model: type[BaseModel], fault: Mapping[str, object]) -> str:
     """One fault in words: the parameter, its value, the rule."""
     loc = fault["loc"]
     assert isinstance(loc, tuple)
-    names = [str(part) for part in loc if part not in ("preset", "custom", "default")]
+    names = [str(part) for part in loc]
     name = ".".join(names) or "request"
     kind, rule = fault["type"], str(fault["msg"])
     if kind == "missing":
@@ -356,4 +377,4 @@ def _sentence(model: type[BaseModel], fault: Mapping[str, object]) -> str:
     rule = rule.removeprefix("Value error, ").replace("Input should", "should")
     if kind == "value_error" and names == ["image_size"]:
         return f"{name}: {rule}"
-    return f"{name}={reprlib.repr(fault.get('input'))}: {rule}"
+    return f"{name}={_shown(fault.get('input'))}: {rule}"

@@ -35,6 +35,7 @@ def write_tiny(folder: Path) -> Path:
     Raises:
         OutputFailed: `folder` holds something else, or cannot be written.
     """
+    folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputFailed(f"{str(folder)!r} is not an empty folder: name another")
     partial = folder.with_name(f".{folder.name}.part")

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from krea_local.errors import (
+    InvalidRequest,
     LicenceRequired,
     UnsupportedModel,
     WeightsError,
     WeightsInvalid,
     WeightsNotFound,
 )
+from krea_local.paths import expanded
 from krea_local.tiny import write_tiny
 
 
@@ -115,8 +117,10 @@ def find(
         model = os.environ.get(MODEL_VARIABLE) or None
     if model is None:
         return _find_default()
+    if not isinstance(model, (str, os.PathLike)):
+        raise InvalidRequest(f"model={model!r}: should be a name or a path")
     text = os.fspath(model)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if text == "tiny":
         return Checkpoint(label="tiny", family=KREA, folder=_tiny_folder())
     alias = next((known for known in FAMILIES if text == known.alias), None)
@@ -124,10 +128,10 @@ def find(
         return _find_folder(path)
     family = alias or next((known for known in FAMILIES if text == known.repo), None)
     repo = family.repo if family else text
+    _refuse_by_name(repo)
     if "/" not in repo:
         names = ", ".join(repr(known.alias) for known in FAMILIES)
         raise WeightsNotFound(f"no model {text!r}: give a folder, a hub id, {names} or 'tiny'")
-    _refuse_by_name(repo)
     return _find_on_hub(
         family or _guess_family(repo), repo, token=token, local_files_only=not fetch
     )
@@ -146,7 +150,7 @@ def find_safety_checker(checkpoint: Checkpoint, source: str | os.PathLike[str]) 
     text = os.fspath(source)
     if own.is_dir() and text == SAFETY_CHECKER_REPO:
         return own
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if folder.is_dir():
         return folder
     try:
@@ -224,8 +228,6 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -233,11 +235,11 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
     page = f"https://huggingface.co/{repo}"
     login = "run `hf auth login` or set HF_TOKEN"
     try:
-        with _bars_on_terminals_only():
-            folder = snapshot_download(
+        return Path(
+            snapshot_download(
                 repo, allow_patterns=patterns, token=token, local_files_only=local_files_only
             )
-        return Path(folder)
+        )
     except GatedRepoError as error:
         raise LicenceRequired(
             f"{repo} is gated: accept its licence at {page}, then {login} (a token with read "
@@ -250,21 +252,25 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
             f"{repo} is not in the hub's cache, and the hub was not or cannot be asked "
             "(a folder was given, HF_HUB_OFFLINE is set, or there is no connection)"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:
+        # HTTP errors, a full disk, and the transport's own errors, whose classes depend on the HTTP
+        # library that the hub's client happens to use.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise WeightsNotFound(f"could not fetch {repo}: {reason[0]}") from error
+        raise WeightsNotFound(
+            f"could not fetch {repo}: {reason[0]} (run it again: it goes on where it stopped)"
+        ) from error
 
 
 @contextlib.contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """The hub's bars go to standard error even where that is a file; its setting is put back."""
+def hub_bars(*, show: bool) -> Iterator[None]:
+    """Show the hub's progress bars on terminals only, if at all; its own setting is put back."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if sys.stderr.isatty() or are_progress_bars_disabled():
+    if (show and sys.stderr.isatty()) or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

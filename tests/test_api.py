@@ -42,6 +42,14 @@ def test_the_model_is_loaded_once_and_one_is_kept(no_models_kept: None, tiny_fol
     assert list(api._kept_models) == ["tiny"]
 
 
+def test_a_typo_does_not_cost_the_model_that_is_kept(no_models_kept: None) -> None:
+    krea_local.txt2img("a fox", model="tiny", image_size=SMALL, num_inference_steps=1)
+    (kept,) = api._kept_models.values()
+    with pytest.raises(WeightsNotFound):
+        krea_local.txt2img("a fox", model="./typo")
+    assert list(api._kept_models.values()) == [kept]
+
+
 def test_a_bad_request_does_not_load_the_model_first(no_models_kept: None) -> None:
     with pytest.raises(InvalidRequest, match="num_images=9"):
         krea_local.txt2img("a fox", num_images=9, model="/nowhere")
@@ -75,6 +83,11 @@ def test_dtypes_are_taken_as_words_and_as_torchs(tiny_folder: Path, dtype: objec
     assert krea_local.load(tiny_folder, device="cpu", dtype=dtype).dtype == torch.float32
 
 
+def test_a_model_is_a_name_or_a_path() -> None:
+    with pytest.raises(InvalidRequest, match="model=5: should be a name or a path"):
+        krea_local.load(5)  # type: ignore[arg-type]
+
+
 def test_auto_is_bfloat16_on_cuda_and_float32_on_the_cpu() -> None:
     assert api.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert api.choose_dtype("auto", torch.device("cpu")) == torch.float32
@@ -100,6 +113,8 @@ def test_cuda_without_a_gpu_says_so() -> None:
         ({"dtype": None}, InvalidRequest, "dtype='None'"),
         ({"offload": "all"}, InvalidRequest, "offload='all': should be 'none' or 'model'"),
         ({"acceleration": "max"}, InvalidRequest, "acceleration='max': should be one of 'none'"),
+        ({"batch_size": 2.0}, InvalidRequest, "batch_size=2.0: should be 1, 2, 3 or 4"),
+        ({"safety_threshold": "0.5"}, InvalidRequest, "safety_threshold='0.5': should be"),
         ({"batch_size": 5}, InvalidRequest, "batch_size=5: should be 1, 2, 3 or 4"),
     ],
 )

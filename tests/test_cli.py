@@ -125,6 +125,49 @@ def test_files_are_named_after_the_prompt_and_several_after_their_seeds(
         assert image.format == "PNG"
 
 
+@pytest.mark.parametrize("folder", [".", "pics.2024", "pics.2024/", "new.folder/", "new"])
+def test_folders_of_any_name_are_folders(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pics.2024").mkdir()
+    assert cli.main(["txt2img", "x", "--seed", "1", "--output", folder, *QUICK]) == 0
+    assert (Path(folder) / "x-1.jpeg").exists()
+    assert len(list(Path().rglob("*.jpeg"))) == 1
+
+
+def test_the_file_of_several_prompts_is_not_overwritten_by_each() -> None:
+    Path("prompts").write_text("one\ntwo\nthree\n")
+    several = ["--prompts", "prompts", "--seed", "1", "--output", "new/fox.png"]
+    assert cli.main(["txt2img", *several, *QUICK]) == 0
+    names = sorted(path.name for path in Path("new").iterdir())
+    assert names == ["fox-1-2.png", "fox-1-3.png", "fox-1.png"]
+    prompts = {read_recipe(path)["prompt"] for path in Path("new").iterdir()}
+    assert prompts == {"one", "two", "three"}
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(
+    one_model: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    for output in ("file/fox.png", "file/folder/", "~nobody-of-this-name/x.png"):
+        assert cli.main(["txt2img", "x", "--output", output, *QUICK]) in (1, 2)
+        assert output.split("/")[0] in capsys.readouterr().err
+    assert one_model == []
+
+
+def test_an_unexpected_error_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr(krea_local.api, "load", load)
+    assert cli.main(["txt2img", "a"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("krea-local: unexpected ZeroDivisionError: by zero; KREA_LOCAL_DEBUG=1")
+    monkeypatch.setenv("KREA_LOCAL_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["txt2img", "a"])
+
+
 def test_json_is_one_line_with_the_apis_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         cli.main(["txt2img", "a", "--json", "--seed", "1", "--image-size", "70x64", *QUICK[2:]])
@@ -202,6 +245,17 @@ def test_a_strangers_recipe_fetches_no_model(
     assert asked == [weights.KREA.repo]
 
 
+def test_a_strangers_recipe_does_not_switch_the_filter_off(
+    krea: krea_local.Krea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(krea._checker(), "threshold", 0.0)
+    off = ["--no-enable-safety-checker"]
+    assert cli.main(["txt2img", "a", "--output", "a.png", *off, *QUICK]) == 0
+    assert cli.main(["txt2img", "--from", "a.png", "--output", "b.png"]) == 5
+    assert cli.main(["txt2img", "--from", "a.png", "--output", "c.png", *off]) == 0
+    assert Path("c.png").read_bytes() == Path("a.png").read_bytes()
+
+
 def test_a_redrawn_picture_is_repeated_given_the_same_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -258,7 +312,11 @@ def test_a_redrawn_picture_is_repeated_given_the_same_input(
             2,
             "cannot read 'nothing.png': No such file",
         ),
-        (["txt2img", "a", "--output", "/proc/x/y.png", *QUICK], 1, "cannot write '/proc/x/y.png'"),
+        (
+            ["txt2img", "a", "--output", "/proc/x/y.png", *QUICK],
+            1,
+            "cannot make the folder '/proc/x'",
+        ),
         (["tiny", "/proc/x/y"], 1, "cannot write '/proc/x/y'"),
     ],
 )

@@ -12,6 +12,7 @@ import krea_local
 PACKAGE = Path(krea_local.__file__).parent
 FLOORS = [
     {"errors", "_version"},
+    {"paths"},
     {"schema", "recipe", "sampling", "progress", "tiny"},
     {"images", "weights", "memory", "result"},
     {"loading"},

@@ -171,6 +171,7 @@ def test_a_file_over_50_mib_is_refused(tmp_path: Path) -> None:
         ("/nowhere/x.png", "cannot read '/nowhere/x.png': No such file"),
         ("/", "cannot read '/': Is a directory"),
         ("a\0b", "is not a path"),
+        ("~nobody-of-this-name/x.png", "image_url: '~nobody-of-this-name/x.png'"),
         ("data:image/png;base64", "needs a comma"),
         ("data:image/png;base64,****", "not valid base64"),
         ("data:text/plain,hello", "is not an image"),
@@ -189,6 +190,35 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(noise: bytes, at: in
         assert open_image(PNG[:at] + noise + PNG[at + len(noise) :]).image.mode == "RGB"
     except InvalidImage:
         pass
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_a_file_cut_anywhere_is_read_or_refused_and_nothing_else(kind: str) -> None:
+    data = encoded(gradient((64, 48)), kind)
+    refused = 0
+    for at in range(0, len(data), max(1, len(data) // 60)):
+        try:
+            open_image(data[:at])
+        except InvalidImage:
+            refused += 1
+    assert refused > 5
+
+
+def test_deep_grey_without_a_mark_is_scaled_by_its_range() -> None:
+    for image, expected in (
+        (Image.new("L", (8, 8), 200).convert("I"), 200),
+        (Image.fromarray(np.full((8, 8), 200.0, np.float32)), 200),
+        (Image.fromarray(np.full((8, 8), 51400, np.int32)), 200),
+        (Image.fromarray(np.full((8, 8), np.nan, np.float32)), 0),
+    ):
+        assert open_image(image).image.getpixel((4, 4)) == pytest.approx((expected,) * 3, abs=1)
+
+
+def test_a_transparent_colour_that_is_not_used_is_not_mentioned() -> None:
+    image = Image.new("RGB", (8, 8), "red").quantize(4)
+    opened = open_image(encoded(image, "PNG", transparency=3))
+    assert opened.notices == ()
+    assert opened.image.getpixel((0, 0)) == pytest.approx((255, 0, 0), abs=2)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -215,6 +245,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b".")
                 self.wfile.flush()
                 time.sleep(0.05)
+        elif path == "/slow-headers":
+            for i in range(100):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n" if i == 0 else b"X-%d: x\r\n" % i)
+                self.wfile.flush()
+                time.sleep(0.02)
         elif path == "/cut":
             self.send_response(200)
             self.send_header("Content-Length", str(len(PNG)))
@@ -281,10 +316,26 @@ def test_a_bad_url_is_refused_with_the_reason(server: str, path: str, message: s
         open_image(server + path)
 
 
-def test_a_slow_url_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["/drip", "/slow-headers"])
+def test_a_slow_url_is_given_up(server: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.3)
     with pytest.raises(InvalidImage, match=r"took over 0.3 s"):
-        open_image(f"{server}/drip")
+        open_image(server + path)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://x", "http://127.0.0.1:9"])
+def test_a_bad_proxy_is_told(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "")
+    with pytest.raises(InvalidImage, match="could not load http://example.invalid/x.png: ."):
+        open_image("http://example.invalid/x.png")
+
+
+def test_a_password_in_a_url_is_never_told() -> None:
+    for url in ("http://user:secret@[bad/", "http://user:secret@127.0.0.1:9/x.png?token=secret"):
+        with pytest.raises(InvalidImage) as caught:
+            open_image(url)
+        assert "secret" not in str(caught.value)
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:

@@ -51,6 +51,7 @@ def test_everything_is_loaded_in_the_dtype_asked_for_and_ready_to_run(
         assert floating == {getattr(torch, dtype)}
         assert {t.device.type for t in tensors} == {"cpu"}
         assert not any(module.training for module in part.modules())
+        assert not any(p.requires_grad for p in part.parameters())
 
 
 def test_every_tensor_is_the_files(tiny_folder: Path, krea: Krea) -> None:
@@ -139,6 +140,88 @@ def test_scaled_fp8_files_are_refused_instead_of_drawing_garbage(broken_folder: 
     state["proj_out.scale_weight"] = torch.ones(1)
     save_file(state, broken_folder / TRANSFORMER)
     with pytest.raises(WeightsInvalid, match="proj_out.scale_weight is not part of the model"):
+        load(broken_folder)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_scaled_fp8_text_encoders_are_refused_too(broken_folder: Path, name: str) -> None:
+    file = broken_folder / name / "model.safetensors"
+    state = load_file(file)
+    weight = next(key for key in sorted(state) if state[key].ndim == 2)
+    state[weight] = state[weight].to(torch.float8_e4m3fn)
+    state[weight.replace("weight", "scale_weight")] = torch.ones(1)
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(WeightsInvalid, match="scale_weight is not part of the model"):
+        load(broken_folder)
+
+
+def test_harmless_leftovers_of_older_files_are_let_pass(broken_folder: Path, krea: Krea) -> None:
+    for name, leftovers in (
+        ("text_encoder", ["text_model.embeddings.position_ids", "text_projection.weight"]),
+        ("text_encoder_2", ["encoder.embed_tokens.weight", "decoder.final_layer_norm.weight"]),
+    ):
+        file = broken_folder / name / "model.safetensors"
+        state = load_file(file)
+        for leftover in leftovers:
+            state[leftover] = state.get("shared.weight", torch.zeros(3)).clone()
+        save_file(state, file, {"format": "pt"})
+    assert picture(load(broken_folder)) == picture(krea)
+
+
+@pytest.mark.parametrize("file", COMPONENT_FILES)
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": 1},
+        {"a": {}},
+        {"a": {"dtype": "F32", "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "XX", "shape": [1], "data_offsets": [0, 4]}},
+    ],
+)
+def test_a_nonsensical_header_is_refused(broken_folder: Path, file: str, header: object) -> None:
+    text = json.dumps(header).encode()
+    (broken_folder / file).write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(WeightsInvalid, match=file.split("/")[0]):
+        load(broken_folder)
+
+
+@pytest.mark.parametrize("where", [None, [], {"a": 3}])
+def test_a_nonsensical_index_is_refused(broken_folder: Path, where: object) -> None:
+    index = broken_folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(WeightsInvalid, match="should hold a weight_map"):
+        load(broken_folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("transformer/config.json", {"axes_dims_rope": [8, 8, 8]}),
+        ("transformer/config.json", {"axes_dims_rope": None}),
+        ("transformer/config.json", {"num_layers": "x"}),
+        ("vae/config.json", {"norm_num_groups": 0}),
+        ("vae/config.json", {"block_out_channels": []}),
+        ("vae/config.json", {"scaling_factor": None}),
+        ("vae/config.json", {"shift_factor": "x"}),
+        ("text_encoder/config.json", {"hidden_size": -3}),
+        ("text_encoder_2/config.json", {"d_model": -3}),
+        (
+            "text_encoder_2/config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        ),
+        ("scheduler/scheduler_config.json", {"base_shift": "x"}),
+        ("scheduler/scheduler_config.json", {"max_shift": float("nan")}),
+    ],
+)
+def test_a_nonsensical_configuration_is_refused(
+    broken_folder: Path, file: str, values: dict[str, object]
+) -> None:
+    set_config(broken_folder, file, **values)
+    with pytest.raises(WeightsInvalid, match=file.split("/")[0]):
         load(broken_folder)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,10 +116,44 @@ def test_models_take_turns_and_the_picture_is_the_same(
 def test_running_out_of_memory_says_what_would_help() -> None:
     message = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …"
     with (
-        pytest.raises(OutOfMemory, match=r"does not suffice \(CUDA out of memory\): try less"),
+        pytest.raises(OutOfMemory, match=r"\(CUDA out of memory. Tried .* 20.00 GiB\): try less"),
         explained_out_of_memory("try less"),
     ):
         raise torch.OutOfMemoryError(message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_every_way_of_running_out_is_known(error: Exception) -> None:
+    with pytest.raises(OutOfMemory, match="try less"), explained_out_of_memory("try less"):
+        raise error
+    with pytest.raises(RuntimeError, match="else"), explained_out_of_memory("try less"):
+        raise RuntimeError("something else")
+
+
+def test_holding_the_error_does_not_hold_the_memory() -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def exhausted() -> None:
+        large = torch.zeros(1000)
+        seen.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    try:
+        with explained_out_of_memory("try less"):
+            exhausted()
+    except OutOfMemory as error:
+        assert error.__cause__ is not None
+        assert seen[0]() is None  # while the error, and with it its traceback, is alive
 
 
 def test_running_out_while_drawing_leaves_the_model_usable(krea: krea_local.Krea) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from conftest import Oracle
 from PIL import Image
 
 import krea_local
-from krea_local import Cancelled, GenerationFailed, InvalidImage, KreaWarning, Progress
+from krea_local import (
+    Cancelled,
+    GenerationFailed,
+    InvalidImage,
+    InvalidRequest,
+    KreaWarning,
+    Progress,
+)
 from krea_local.pipeline import Krea
 from krea_local.schema import Img2ImgRequest, Txt2ImgRequest
 
@@ -326,19 +334,23 @@ def test_calls_from_two_threads_wait_for_one_another(krea: Krea) -> None:
         krea.txt2img("a fox", seed=seed, **arguments).images[0].tobytes() for seed in (1, 2)
     ]
     found: dict[int, bytes] = {}
-    threads = [
-        threading.Thread(
-            target=lambda seed=seed: found.update(
-                {seed: krea.txt2img("a fox", seed=seed, **arguments).images[0].tobytes()}
-            )
-        )
-        for seed in (1, 2)
-    ]
+    order: list[int] = []
+
+    def draw(seed: int) -> None:
+        def on_step(progress: Progress) -> None:
+            order.append(seed)
+            time.sleep(0.005)  # let the other in, if it can
+
+        result = krea.txt2img("a fox", seed=seed, on_step=on_step, **arguments)
+        found[seed] = result.images[0].tobytes()
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [found[1], found[2]] == expected
+    assert order in (sorted(order), sorted(order, reverse=True))  # one after the other
 
 
 def test_damaged_weights_are_an_error_and_not_a_black_picture(broken_folder: Path) -> None:
@@ -347,6 +359,33 @@ def test_damaged_weights_are_an_error_and_not_a_black_picture(broken_folder: Pat
         model.models.transformer.proj_out.bias[0] = float("nan")
     with pytest.raises(GenerationFailed, match=r"NaN or infinity at seed 5"):
         model.txt2img("a fox", image_size=SMALL, num_inference_steps=1, seed=5)
+
+
+def test_a_damaged_vae_is_an_error_and_not_a_black_picture(broken_folder: Path) -> None:
+    model = krea_local.load(broken_folder, device="cpu", dtype="float32")
+    with torch.no_grad():
+        model.models.vae.decoder.conv_out.bias[0] = float("nan")
+    with pytest.raises(GenerationFailed, match="NaN or infinity"):
+        model.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
+
+
+def test_nothing_that_is_public_records_gradients(krea: Krea) -> None:
+    request = _txt2img(num_inference_steps=1)
+    krea._prompts.clear()
+    embeds, pooled, _ = krea.encode_prompt("recorded?")
+    latents = krea.latents(request, seeds=[1], width=64, height=64)
+    pixels = krea.decode(latents, width=64, height=64)
+    clean = krea.encode_image(Image.new("RGB", (64, 64)))
+    assert not any(t.requires_grad for t in (embeds, pooled, latents, pixels, clean))
+
+
+def test_drawing_from_within_on_step_is_refused_instead_of_hanging(krea: Krea) -> None:
+    def on_step(progress: Progress) -> None:
+        krea.txt2img("another", image_size=SMALL)
+
+    with pytest.raises(InvalidRequest, match="on_step cannot draw"):
+        krea.txt2img("a fox", image_size=SMALL, num_inference_steps=1, on_step=on_step)
+    assert krea.txt2img("a fox", image_size=SMALL, num_inference_steps=1).images
 
 
 def test_rounding_a_size_is_said(krea: Krea) -> None:

@@ -18,7 +18,7 @@ from krea_local import Img2ImgRequest, InvalidRequest, KreaWarning, Txt2ImgReque
 SIDES = st.integers(64, 200)
 SHARED: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.text(max_size=80),
-    "seed": st.none() | st.integers(),
+    "seed": st.none() | st.integers(-(2**63), 2**64 - 1),
     "guidance_scale": st.none() | st.floats(1, 20),
     "sync_mode": st.booleans(),
     "num_images": st.integers(1, 4),
@@ -112,7 +112,7 @@ def is_valid(name: str, value: Any) -> bool:
     rules = {
         "prompt": isinstance(value, str),
         "num_inference_steps": whole and 1 <= value <= 50,
-        "seed": value is None or whole,
+        "seed": value is None or (whole and -(2**63) <= value < 2**64),
         "guidance_scale": number and 1 <= value <= 20,
         "num_images": whole and 1 <= value <= 4,
         "enable_safety_checker": isinstance(value, bool),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from krea_local import InvalidImage, OutputFailed, Result
+from krea_local import InvalidImage, InvalidRequest, OutputFailed, Result
 from krea_local.recipe import (
     GeneratedImage,
     encode,
@@ -234,6 +234,11 @@ def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
         result().save(tmp_path / "file" / "folder")
     with pytest.raises(OutputFailed, match=r"cannot write .*nowhere/x.png': No such file"):
         write_atomically(b"x", tmp_path / "nowhere" / "x.png")
+    with pytest.raises(OutputFailed, match="cannot write .*Not a directory"):
+        write_atomically(b"x", tmp_path / "file" / "x.png")
+    for path in ("a\0b", "~nobody-of-this-name"):
+        with pytest.raises(InvalidRequest, match="nobody-of-this-name|NUL"):
+            result().save(path)
     with pytest.raises(OutputFailed, match="cannot make the folder '/proc/x'"):
         result().save("/proc/x")
 

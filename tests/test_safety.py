@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import krea_local
-from krea_local import InvalidRequest, WeightsInvalid, WeightsNotFound
+from krea_local import GenerationFailed, InvalidRequest, WeightsInvalid, WeightsNotFound
 from krea_local.safety import SafetyChecker
 
 SIZE = {"width": 64, "height": 64}
@@ -145,13 +145,20 @@ def test_a_missing_checker_is_an_error_before_anything_is_drawn(
         shutil.rmtree(folder)
     model = krea_local.load(broken_folder, device="cpu")
     seen: list[object] = []
-    missing = file.removeprefix("model") or "enable_safety_checker=False"
+    missing = rf"{file.removeprefix('model')}.*enable_safety_checker=False"
     with pytest.raises(WeightsNotFound, match=missing):
         model.txt2img("a fox", image_size=SIZE, num_inference_steps=1, on_step=seen.append)
     assert seen == []
     assert model.txt2img(
         "a fox", image_size=SIZE, num_inference_steps=1, enable_safety_checker=False
     ).images
+
+
+def test_a_checker_that_gives_nan_lets_nothing_pass(broken_folder: Path) -> None:
+    change_bias(broken_folder, float("nan"), 0.0)
+    model = krea_local.load(broken_folder, device="cpu")
+    with pytest.raises(GenerationFailed, match="safety checker produced NaN"):
+        model.txt2img("a fox", image_size=SIZE, num_inference_steps=1)
 
 
 def test_a_damaged_checker_is_an_error(broken_folder: Path) -> None:

@@ -129,6 +129,10 @@ def test_presets_are_width_by_height(preset: str, size: tuple[int, int]) -> None
         ({"guidance_scale": math.inf}, "guidance_scale=inf: should be"),
         ({"guidance_scale": "4"}, "guidance_scale='4': should be a valid number"),
         ({"seed": 1.5}, "seed=1.5: should be a valid integer"),
+        ({"seed": 2**64}, "seed=18446744073709551616: should be less than or equal to 1844"),
+        ({"seed": 10**5000}, "seed=.*: should be less than or equal"),
+        ({"seed": -(2**63) - 1}, "seed=-9223372036854775809: should be greater than or equal"),
+        ({"seed": np.array([1, 2])}, "seed=.*: should be a valid integer"),
         ({"output_format": "webp"}, "output_format='webp': should be 'jpeg' or 'png'"),
         ({"acceleration": "max"}, "acceleration='max': should be 'none', 'regular' or 'high'"),
         ({"enable_safety_checker": "no"}, "enable_safety_checker='no': should be a valid boolean"),
@@ -165,6 +169,19 @@ def test_every_fault_is_told_at_once_and_in_pydantics_form() -> None:
         Img2ImgRequest.parse({"prompt": "", "image_url": "x", "num_images": 9, "strength": 2.0})
     assert [error["loc"] for error in caught.value.errors] == [("num_images",), ("strength",)]
     assert caught.value.errors[0]["type"] == "less_than_equal"
+
+
+def test_faults_are_json_as_the_hosted_apis_422_needs() -> None:
+    import json
+
+    size = {"width": 4000, "height": 4000}
+    with pytest.raises(InvalidRequest) as caught:
+        Txt2ImgRequest.parse({"prompt": "", "image_size": size, "seed": 2**64, "x": 1})
+    faults = json.loads(json.dumps(caught.value.errors))
+    assert [fault["loc"] for fault in faults] == [["seed"], ["image_size"], ["x"]]
+    with pytest.raises(InvalidRequest) as caught:
+        Txt2ImgRequest.parse({"prompt": "", "image_size": {"width": 1}})
+    assert caught.value.errors[0]["loc"] == ("image_size", "width")
 
 
 @pytest.mark.parametrize("value", [3, None, ["x.png"], "", "  "])

@@ -71,6 +71,8 @@ def test_without_a_name_nothing_is_fetched_and_every_way_is_told() -> None:
     [
         ("black-forest-labs/FLUX.2-dev", "FLUX.2"),
         ("black-forest-labs/FLUX.2-klein-4B", "FLUX.2"),
+        ("FLUX.2-dev", "FLUX.2"),
+        ("krea2", "Krea 2"),
         ("krea/Krea-2-dev", "Krea 2"),
         ("black-forest-labs/FLUX.1-schnell", r"FLUX.1 \[schnell\]"),
         ("black-forest-labs/FLUX.1-Kontext-dev", r"FLUX.1 Kontext \[dev\]"),
@@ -200,12 +202,36 @@ try:
     weights.find()
 except krea_local.WeightsNotFound as error:
     print(error)
+from krea_local.info import gather
+print(gather()["model"])
 """
-    with Hub({weights.SAFETY_CHECKER_REPO: tiny_folder / "safety_checker"}).running() as hub:
-        answer = run(code, hub, tmp_path)
+    repos = {KREA.repo: tiny_folder, weights.SAFETY_CHECKER_REPO: tiny_folder / "safety_checker"}
+    with Hub(repos).running() as hub:
+        answer = run(code.replace("weights.find()", "weights.find(fetch=False)"), hub, tmp_path)
+        named = run(
+            "from krea_local.cli import main; main(['info'])",
+            hub,
+            tmp_path,
+            KREA_LOCAL_MODEL="krea",
+        )
+        assert "is not in the hub's cache" in named.stdout, named.stderr
     assert "enable_safety_checker=False" in answer.stdout, answer.stderr
     assert "model='tiny'" in answer.stdout
     assert hub.asked == []
+
+
+def test_a_connection_that_breaks_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class RemoteProtocolError(Exception):
+        """As the hub's HTTP library raises it, whichever that is."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RemoteProtocolError("peer closed connection\nwithout sending complete message body")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(WeightsNotFound, match=r"peer closed connection \(run it again: it goes on"):
+        weights.find("krea")
 
 
 def test_srpo_takes_its_transformer_alone_and_the_rest_from_dev(

@@ -1,0 +1,23 @@
+"""Paths as people write them. Knows nothing of what is in the files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from krea_local.errors import InvalidRequest
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with ~ and ~user replaced by the home folder.
+
+    Raises:
+        InvalidRequest: there is no such user, no home folder, or a NUL in the path.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise InvalidRequest(f"{text!r} is not a path: it holds a NUL")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InvalidRequest(f"{text!r}: {error}") from error
