@@ -202,12 +202,10 @@ try:
     weights.find()
 except krea_local.WeightsNotFound as error:
     print(error)
-from krea_local.info import gather
-print(gather()["model"])
 """
     repos = {KREA.repo: tiny_folder, weights.SAFETY_CHECKER_REPO: tiny_folder / "safety_checker"}
     with Hub(repos).running() as hub:
-        answer = run(code.replace("weights.find()", "weights.find(fetch=False)"), hub, tmp_path)
+        answer = run(code, hub, tmp_path)
         named = run(
             "from krea_local.cli import main; main(['info'])",
             hub,
