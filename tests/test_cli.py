@@ -412,7 +412,7 @@ def test_the_real_command_draws_and_then_answers_ctrl_c_with_130(tmp_path: Path)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "krea_local", "txt2img", "--prompts", "-", "--model", "tiny"),
-            *("--image-size", "512x512", "--num-inference-steps", "50", "--output", "out/"),
+            *("--image-size", "256x256", "--num-inference-steps", "50", "--output", "out/"),
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -426,7 +426,7 @@ def test_the_real_command_draws_and_then_answers_ctrl_c_with_130(tmp_path: Path)
     process.stdin.write(b"one\ntwo\n")
     process.stdin.close()
     assert process.stdout.readline().startswith(b"out/one-")  # the first is done, the second runs
-    time.sleep(0.3)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     shown = b""

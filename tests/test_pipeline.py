@@ -100,7 +100,7 @@ def test_pixels_equal_diffusers_in_float32(
     assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), theirs, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("strength", [0.2, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("seeds", [[5], [5, 6, 7]])
 def test_img2img_latents_equal_diffusers_given_the_same_encoded_image(
     krea_bfloat16: Krea,
@@ -311,7 +311,7 @@ def test_cancelling_from_another_thread_leaves_the_next_picture_right(krea: Krea
 def test_stopping_at_any_stage_leaves_the_next_picture_right(
     krea: Krea, picture: Path, stage: str, error: type[BaseException]
 ) -> None:
-    arguments = {"image_url": picture, "num_inference_steps": 10, "seed": 3}
+    arguments = {"image_url": picture, "num_inference_steps": 10, "strength": 0.3, "seed": 3}
     expected = krea.img2img("a fox", **arguments).images[0].tobytes()
 
     def on_step(progress: Progress) -> None:

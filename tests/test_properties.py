@@ -58,7 +58,7 @@ def check(result: krea_local.Result, arguments: dict[str, Any]) -> None:
         assert image.width % 16 == image.height % 16 == 0
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(TXT2IMG)
 def test_any_valid_text_to_image_request_is_drawn(
     krea: krea_local.Krea, arguments: dict[str, Any]
@@ -73,7 +73,7 @@ def test_any_valid_text_to_image_request_is_drawn(
         assert abs(image.height - arguments["image_size"]["height"]) <= 8
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(IMG2IMG, PICTURES)
 def test_any_valid_image_to_image_request_is_drawn(
     krea: krea_local.Krea, arguments: dict[str, Any], picture: Image.Image

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import krea_local
 from krea_local import Img2ImgRequest, Txt2ImgRequest, cli
@@ -44,7 +45,8 @@ def test_the_two_commands_install_then_draw_and_test() -> None:
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
     arguments = shlex.split(draw.rsplit("&&", 1)[1])
     assert arguments[0] == ".venv/bin/krea-local"
-    assert cli.main(arguments[1:]) == 0
+    # Fewer steps, only to save time: .ci/run runs the two commands as they stand there.
+    assert cli.main([*arguments[1:], "--num-inference-steps", "4"]) == 0
     assert Path("fox.jpeg").stat().st_size > 10_000
     assert test.rstrip().endswith(".venv/bin/python -m pytest")
 
@@ -55,6 +57,8 @@ def test_the_python_programs_run(capsys: pytest.CaptureFixture[str]) -> None:
     # Fewer steps, only to save time.
     exec(first.replace("seed=7)", "seed=7, num_inference_steps=2)"), names)
     assert Path("fox.png").exists()
+    with Image.open("fox.png") as fox:
+        fox.resize((256, 192)).save("fox.png")
     exec(second.replace("num_images=2)", "num_images=2, num_inference_steps=10)"), names)
     assert len(list(Path("pictures").glob("the-same-fox-at-dusk-*.jpeg"))) == 2
     assert len(list(Path("out").iterdir())) == 2
