@@ -9,7 +9,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, get_args
 
-from krea_local.errors import DeviceUnavailable, InvalidRequest
+from krea_local.errors import DeviceUnavailable, InvalidRequest, KreaError, WeightsNotFound
 from krea_local.safety import THRESHOLD
 from krea_local.schema import (
     Acceleration,
@@ -77,6 +77,41 @@ def load(
         raise InvalidRequest(f"safety_threshold={safety_threshold!r}: should be between 0 and 1")
     if type(batch_size) is not int or not 1 <= batch_size <= 4:
         raise InvalidRequest(f"batch_size={batch_size!r}: should be 1, 2, 3 or 4")
+    if not isinstance(safety_checker, (str, os.PathLike)):
+        raise InvalidRequest(f"safety_checker={safety_checker!r}: should be a folder or a hub id")
+    with _loading:
+        return _load(
+            model,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            level=level,
+            safety_checker=safety_checker,
+            safety_threshold=safety_threshold,
+            batch_size=batch_size,
+            progress=progress,
+            token=token,
+        )
+
+
+# While they read a model, transformers and diffusers patch classes of the whole process: two loads
+# at once break each other, and every later one.
+_loading = threading.RLock()
+
+
+def _load(
+    model: str | os.PathLike[str] | None,
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    offload: str,
+    level: Acceleration,
+    safety_checker: str | os.PathLike[str],
+    safety_threshold: float,
+    batch_size: int,
+    progress: bool,
+    token: str | None,
+) -> Krea:
     import torch
 
     from krea_local import loading, memory, weights
@@ -87,9 +122,14 @@ def load(
     offload = memory.check_offload(offload)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    with weights.hub_bars(show=progress):
-        checkpoint = weights.find(model, token=token)
-    loading.check_layout(checkpoint)
+    try:
+        with weights.hub_bars(show=progress):
+            checkpoint = weights.find(model, token=token)
+        loading.check_layout(checkpoint)
+    except KreaError:
+        raise
+    except OSError as error:  # a folder without permission, a name that is too long
+        raise WeightsNotFound(f"cannot look at {model!r}: {error.strerror or error}") from error
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
     home = device if offload == "none" else torch.device("cpu")
     advice = "load with offload='model', or free the GPU" if offload == "none" else "free memory"
@@ -100,9 +140,9 @@ def load(
         bar.close()
 
     def load_safety_checker() -> SafetyChecker:
-        with weights.hub_bars(show=progress):
+        with _loading, weights.hub_bars(show=progress):
             folder = weights.find_safety_checker(checkpoint, safety_checker)
-        return SafetyChecker(folder, device=device, threshold=safety_threshold)
+            return SafetyChecker(folder, device=device, threshold=safety_threshold)
 
     return Krea(
         models,
@@ -178,7 +218,7 @@ def _kept(model: str | os.PathLike[str] | None) -> Krea:
             from krea_local import loading, weights
 
             # Before the model that is kept is given up, see that there is another.
-            with weights.hub_bars(show=True):
+            with _loading, weights.hub_bars(show=True):
                 loading.check_layout(weights.find(name or None))
             for other in _kept_models.values():
                 other.wait_until_idle()

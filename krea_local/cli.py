@@ -8,10 +8,14 @@ Nothing heavy is imported before the arguments are known to be good.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ from krea_local.errors import (
 )
 from krea_local.paths import expanded
 from krea_local.schema import (
+    PRESETS,
     Acceleration,
     ImageSize,
     Img2ImgRequest,
@@ -49,6 +54,7 @@ OK, FAILED, USAGE, WEIGHTS, GPU, FILTERED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3
 EXIT_CODES = """exit codes:
   0 ok    1 failed    2 usage    3 weights or licence    4 GPU
   5 every image was filtered    6 some of several prompts failed    130 interrupted"""
+MAX_PROMPTS_CHARACTERS = 10_000_000
 DEBUG_VARIABLE = "KREA_LOCAL_DEBUG"
 EXTENSIONS = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
 # Fields of the API's JSON that say nothing to a command line: the prompt is positional, and
@@ -62,6 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; by default those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # "…" and file names on a terminal of ASCII
+            stream.reconfigure(errors="replace")
+    try:
+        with _ending_tidily():
+            code = _run(arguments)
+        sys.stdout.flush()
+    except OSError as error:  # what was to be printed cannot be: `krea-local … | head`, a full disk
+        with contextlib.suppress(OSError, ValueError):
+            # Let nothing try again when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"krea-local: {_one_line(error)}", file=sys.stderr)
+        return FAILED
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         parsed = _parser().parse_args(arguments)
     except SystemExit as exit_:  # argparse has printed help or the usage error
@@ -77,9 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except KreaError as error:
         return _report(error, as_json=getattr(parsed, "json", False))
-    except BrokenPipeError:  # `krea-local … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except OSError:
+        raise
     except Exception as error:  # a bug, ours or a library's: still one line, and the way to more
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -87,6 +110,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"{DEBUG_VARIABLE}=1 shows where"
         print(f"krea-local: unexpected {kind}: {_one_line(error)}; {hint}", file=sys.stderr)
         return FAILED
+
+
+@contextlib.contextmanager
+def _ending_tidily() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: temporary files go, nothing is half-written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def exit_code(error: KreaError) -> int:
@@ -219,7 +255,8 @@ def _metavar(name: str) -> str:
 
 
 def _help(name: str, field: FieldInfo) -> str:
-    return f"{field.description}{describe_limits(name, field)}".replace("%", "%%")
+    size = " On the command line such as 1024x768." if name == "image_size" else ""
+    return f"{field.description}{size}{describe_limits(name, field)}".replace("%", "%%")
 
 
 def _generate(parsed: argparse.Namespace) -> int:
@@ -317,6 +354,8 @@ def _target(output: str | None, output_format: str | None) -> tuple[_Target, str
     The folder is made now: what cannot be written is better known before the picture is drawn.
     """
     path = expanded(output) if output else Path()
+    if len(path.name.encode()) > 200:
+        raise InvalidRequest(f"--output: the name {path.name[:20]!r}… is too long")
     is_folder = path.is_dir() or not path.suffix or (output or "").endswith(("/", os.sep))
     target = _Target(path) if is_folder else _Target(path.parent, path)
     named = None
@@ -331,6 +370,8 @@ def _target(output: str | None, output_format: str | None) -> tuple[_Target, str
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputFailed(f"cannot make the folder {str(target.folder)!r}: {reason}") from error
+    if not os.access(target.folder, os.W_OK):
+        raise OutputFailed(f"cannot write into {str(target.folder)!r}: permission denied")
     return target, named
 
 
@@ -344,14 +385,19 @@ def _prompts(given: dict[str, Any], arguments: dict[str, Any]) -> Iterator[dict[
     if "prompt" in given:
         raise InvalidRequest("give a PROMPT or --prompts, not both")
     name = given["prompts"]
+    if name == "-" and sys.stdin is None:
+        raise InvalidRequest("--prompts -: standard input is closed")
     try:
-        stream: IO[str] = sys.stdin if name == "-" else open(name, encoding="utf-8")  # noqa: SIM115
+        # utf-8-sig: editors on Windows begin a file with a mark that is no part of the prompt.
+        stream: IO[str] = sys.stdin if name == "-" else open(name, encoding="utf-8-sig")  # noqa: SIM115
         with stream:
-            lines = [line.strip() for line in stream]
-    except (OSError, UnicodeDecodeError) as error:
+            text = stream.read(MAX_PROMPTS_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidRequest(f"--prompts {name}: cannot be read: {reason}") from error
-    prompts = [line for line in lines if line]
+    if len(text) > MAX_PROMPTS_CHARACTERS:
+        raise InvalidRequest(f"--prompts {name}: is over {MAX_PROMPTS_CHARACTERS:,} characters")
+    prompts = [line.strip() for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
     if not prompts:
         raise InvalidRequest(f"--prompts {name}: holds no prompts")
     yield from ({"prompt": prompt} for prompt in prompts)
@@ -359,7 +405,12 @@ def _prompts(given: dict[str, Any], arguments: dict[str, Any]) -> Iterator[dict[
 
 def _image_size(text: str) -> str | ImageSize | dict[str, str]:
     match = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*", text)
-    return {"width": match[1], "height": match[2]} if match else text
+    if match:
+        return {"width": match[1], "height": match[2]}
+    if text not in PRESETS:
+        presets = ", ".join(PRESETS)
+        raise InvalidRequest(f"image_size={text!r}: should be like 1024x768, or one of {presets}")
+    return text
 
 
 def _tiny(parsed: argparse.Namespace) -> int:
@@ -389,10 +440,11 @@ def _report(error: KreaError, *, as_json: bool) -> int:
     return code
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(message: object) -> str:
+    """In one line, and without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, KreaWarning):
-        print(f"krea-local: note: {message}", file=sys.stderr)
+        print(f"krea-local: note: {_one_line(message)}", file=sys.stderr)

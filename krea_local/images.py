@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import queue
+import stat
 import threading
 import time
 import urllib.parse
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 50 * 2**20  # the hosted service's own cap
 MAX_DECODED_PIXELS = 32_000_000  # Pillow's default lets a 20 KB file of 169 megapixels through
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 FETCH_SECONDS = 30.0
 MAX_REDIRECTS = 5
 
@@ -77,6 +79,7 @@ def open_image(source: ImageSource) -> InputImage:
         name = _public_name(text)
         return _decode(_fetch(text, name), name=name, origin=f"image_url {name}")
     if scheme == "file":
+        _public_name(text)
         text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
     return _decode(_read_file(Path(text)), name=Path(text).name, origin=f"image_url {text!r}")
 
@@ -111,6 +114,9 @@ def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
 def _read_file(path: Path) -> bytes:
     try:
         path = expanded(path)
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe or device may never end
+            raise InvalidImage(f"image_url: {str(path)!r} is not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -182,12 +188,16 @@ def _download(url: str, shown: str) -> bytes:
     data = bytearray()
     with (
         httpx.Client(follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=10) as client,
-        client.stream("GET", url) as response,
+        # Images are compressed already; what is compressed again may be a bomb.
+        client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response,
     ):
         if not response.is_success:
             status = f"{response.status_code} {response.reason_phrase}"
             raise InvalidImage(f"image_url: {shown} answered {status}")
-        for chunk in response.iter_bytes():
+        coding = response.headers.get("Content-Encoding", "identity")
+        if coding != "identity":
+            raise InvalidImage(f"image_url: {shown} arrives compressed ({coding[:40]}): not read")
+        for chunk in response.iter_raw():
             data += chunk
             if len(data) > MAX_FILE_BYTES:
                 raise InvalidImage(
@@ -233,9 +243,9 @@ def _upright_rgb(image: Image.Image, *, name: str, origin: str) -> InputImage:
     _check_pixels(image, origin)
     notices = []
     try:
-        frames = getattr(image, "n_frames", 1)
-        # A JPEG with several frames is a camera's preview (MPO), not an animation.
-        if frames > 1 and image.format != "MPO":
+        # Not of TIFF, where counting can take minutes, nor of JPEG, where it is a camera's preview.
+        frames = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+        if frames > 1 and image.tell() == 0:
             notices.append(f"{origin} has {frames} frames: the first is used")
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -256,8 +266,7 @@ def _undecodable(origin: str, error: Exception) -> InvalidImage:
 
 def _is_transparent(image: Image.Image) -> bool:
     """Whether any pixel is; having an alpha channel, or a transparent colour unused, is not."""
-    bands = image.getbands()
-    may_be = "A" in bands or "a" in bands or "transparency" in image.info
+    may_be = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if not may_be or _is_deep(image):
         return False
     return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)

@@ -37,6 +37,9 @@ HARMLESS_TENSORS = (
     r"|^logit_scale$|^vision_model\.|^decoder\.|^lm_head\."
 )
 
+MIN_MERGES = 10  # CLIP's has 48,894
+USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
 OnBytes = Callable[[str, int], None]
 """(component, bytes read since the last call), while a checkpoint is read."""
 
@@ -177,6 +180,12 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / shard for shard in sorted(set(where.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
+        usual = [file for file in files if file.name in USUAL_NAMES]
+        if len(files) > 1 and not usual:
+            raise WeightsInvalid(
+                f"{str(folder)!r} holds {len(files)} .safetensors and no index: which one is meant?"
+            )
+        files = usual or files
     if not files:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles:
@@ -217,7 +226,7 @@ def check_safetensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
         raise WeightsNotFound(f"no file {str(file)!r}: fetch it again") from error
     except OSError as error:
         raise WeightsNotFound(f"cannot read {str(file)!r}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, WeightsError):
             raise
         raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
@@ -227,12 +236,18 @@ def check_safetensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
         shapes = [tuple(map(int, tensor["shape"])) for tensor in header.values()]
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
         assert len(shapes) == len(header)
+        integers = [n for n, tensor in header.items() if not re.match(r"B?F\d", tensor["dtype"])]
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
     if 8 + length + end != size:
         raise WeightsInvalid(
             f"{str(file)!r} is truncated: {size:,} of {8 + length + end:,} bytes; fetch it again"
         )
+    # The published CLIP file has one tensor of integers, its positions.
+    odd = [name for name in integers if not name.endswith("position_ids")]
+    if odd:
+        kind = header[odd[0]]["dtype"]
+        raise WeightsInvalid(f"{str(file)!r}: tensor {odd[0]} is {kind}: such weights are not read")
     return header
 
 
@@ -301,7 +316,7 @@ def _refuse_pipeline(pipeline: str, folder: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise WeightsInvalid(f"{str(file)!r} should hold a JSON object")
@@ -324,12 +339,15 @@ def _read_shift(file: Path) -> Shift:
                 other_model(f"{str(file)!r} has {name}={config[name]!r}, not {value!r}")
             )
     known = Shift()
-    return Shift(
+    shift = Shift(
         base=_number(config, "base_shift", known.base, file),
         max=_number(config, "max_shift", known.max, file),
         base_seq_len=int(_number(config, "base_image_seq_len", known.base_seq_len, file)),
         max_seq_len=int(_number(config, "max_image_seq_len", known.max_seq_len, file)),
     )
+    if shift.max_seq_len <= shift.base_seq_len:
+        raise WeightsInvalid(f"{str(file)!r}: max_image_seq_len should be over base_image_seq_len")
+    return shift
 
 
 def _as_int(value: object) -> int:
@@ -351,10 +369,17 @@ def load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokeni
         WeightsInvalid: a file is damaged.
     """
     # Without its files transformers builds an empty tokenizer and says nothing.
-    if not any((folder / name).exists() for name in ("tokenizer.json", vocabulary)):
+    whole = (folder / "tokenizer.json").is_file()
+    if not whole and not (folder / vocabulary).is_file():
         raise WeightsNotFound(
             f"no tokenizer.json or {vocabulary} in {str(folder)!r}: see weights.md"
         )
+    merges = folder / "merges.txt"
+    if not whole and vocabulary == "vocab.json":
+        if not merges.is_file():
+            raise WeightsNotFound(f"no merges.txt in {str(folder)!r}: see weights.md")
+        if merges.read_bytes().count(b"\n") < MIN_MERGES:
+            raise WeightsInvalid(f"{str(merges)!r} is truncated: fetch it again")
     try:
         tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
             str(folder), local_files_only=True

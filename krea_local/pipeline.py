@@ -208,6 +208,8 @@ class Krea:
             on_step: called after each piece of work; may raise `Cancelled`.
             stacklevel: whose line a `KreaWarning` names, as in `warnings.warn`.
         """
+        if on_step is not None and not callable(on_step):
+            raise InvalidRequest(f"on_step={on_step!r}: should be a function")
         if self._running is threading.current_thread():
             raise InvalidRequest("on_step cannot draw with the model that is calling it")
         request = self._with_own_defaults(request)

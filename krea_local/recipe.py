@@ -56,15 +56,26 @@ class GeneratedImage(Image.Image):
     ) -> None:
         """As `PIL.Image.Image.save`; metadata and quality given in `params` win."""
         target = fp if isinstance(fp, (str, bytes, os.PathLike)) else getattr(fp, "name", "")
-        extension = (
-            Path(os.fsdecode(target)).suffix[1:]
-            if isinstance(target, (str, bytes, os.PathLike))
-            else ""
-        )
-        kind = (format or extension).upper().replace("JPG", "JPEG")
-        if kind in ("PNG", "JPEG"):
-            params = {**_save_params(self.info[KEY], kind.lower()), **params}
+        extension = ""
+        if isinstance(target, (str, bytes, os.PathLike)):
+            extension = Path(os.fsdecode(target)).suffix.lower()
+        kind = format or Image.registered_extensions().get(extension, "")
+        if kind.upper() in ("PNG", "JPEG"):
+            params = {**_save_params(self._recipe(), kind.lower()), **params}
         super().save(fp, format, **params)
+
+    def copy(self) -> Image.Image:
+        """A copy that saves its recipe too."""
+        duplicate = super().copy()
+        return with_recipe(duplicate, self.info[KEY]) if KEY in self.info else duplicate
+
+    __copy__ = copy
+
+    def _recipe(self) -> Recipe | None:
+        """None once the picture was changed in place: then only the mark is saved."""
+        recipe = self.info.get(KEY)
+        unchanged = recipe and (recipe["width"], recipe["height"]) == self.size
+        return recipe if unchanged else None
 
     def _repr_png_(self) -> bytes:
         return encode(self, "png")
@@ -131,11 +142,12 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     try:
         recipe = json.loads(text)[KEY]
-        assert isinstance(recipe, dict)
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
+        recipe = None
+    if not isinstance(recipe, dict):
         raise InvalidImage(
             f"{os.fspath(path)!r}: carries no krea_local recipe (stripped, or made by another tool)"
-        ) from None
+        )
     return recipe
 
 
@@ -167,12 +179,18 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
-def _save_params(recipe: Recipe, output_format: str) -> dict[str, Any]:
+def _save_params(recipe: Recipe | None, output_format: str) -> dict[str, Any]:
     if output_format == "png":
-        recipe = _fitted(recipe, PNG_MAX_BYTES)
-        return {"pnginfo": _png_text(recipe), "compress_level": PNG_COMPRESS_LEVEL}
-    recipe = _fitted(recipe, JPEG_MAX_BYTES)
-    return {"exif": _exif(recipe), "xmp": _XMP.encode(), "quality": JPEG_QUALITY}
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", _XMP)
+        if recipe:
+            recipe = _fitted(recipe, PNG_MAX_BYTES)
+            text.add_itxt("parameters", parameters_line(recipe))
+            text.add_text(KEY, _json(recipe))
+            text.add_text("Software", recipe["version"])
+        return {"pnginfo": text, "compress_level": PNG_COMPRESS_LEVEL}
+    exif = {"exif": _exif(_fitted(recipe, JPEG_MAX_BYTES))} if recipe else {}
+    return {**exif, "xmp": _XMP.encode(), "quality": JPEG_QUALITY}
 
 
 def _fitted(recipe: Recipe, max_bytes: int) -> Recipe:
@@ -189,15 +207,6 @@ def _fitted(recipe: Recipe, max_bytes: int) -> Recipe:
 
 def _json(recipe: Recipe) -> str:
     return json.dumps({KEY: dict(recipe)})  # ASCII, by JSON's escapes
-
-
-def _png_text(recipe: Recipe) -> PngImagePlugin.PngInfo:
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("parameters", parameters_line(recipe))
-    text.add_text(KEY, _json(recipe))
-    text.add_text("Software", recipe["version"])
-    text.add_itxt("XML:com.adobe.xmp", _XMP)
-    return text
 
 
 def _exif(recipe: Recipe) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from krea_local.errors import OutputFailed
+from krea_local.errors import InvalidRequest, OutputFailed
 from krea_local.paths import expanded
 from krea_local.recipe import CONTENT_TYPES, GeneratedImage, encode, write_atomically
 from krea_local.schema import OutputFormat
@@ -62,6 +62,8 @@ class Result:
             OutputFailed: the folder or a file cannot be written.
         """
         folder = expanded(folder)
+        if name is not None and (name in ("", "..") or Path(name).name != name or "\0" in name):
+            raise InvalidRequest(f"name={name!r}: should be a file name without a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

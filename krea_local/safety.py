@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+MAX_SIDE = 2048  # of the images that the checker looks at; the published one takes 224
 THRESHOLD = 0.5  # the hosted service's; Black Forest Labs' own scripts use 0.85
 
 
@@ -56,6 +57,19 @@ class SafetyChecker:
             raise WeightsInvalid(f"{str(folder)!r} has the classes {sorted(labels)}, no 'nsfw'")
         self._nsfw = labels["nsfw"]
         self.threshold = threshold
+        self._try(folder)
+
+    def _try(self, folder: Path) -> None:
+        """Fail now on what would fail after the picture is drawn."""
+        from PIL.Image import new
+
+        sides = [side for side in dict(self._processor.size).values() if side is not None]
+        if not sides or max(sides) > MAX_SIDE:
+            raise WeightsInvalid(f"{str(folder)!r} wants images of {sides}: at most {MAX_SIDE}")
+        try:
+            self.probabilities([new("RGB", (32, 32))])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise WeightsInvalid(f"{str(folder)!r} cannot look at an image: {error}") from error
 
     def probabilities(self, images: Sequence[Image]) -> list[float]:
         """For each image the probability that it is not safe for work, 0 … 1.

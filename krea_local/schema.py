@@ -98,12 +98,28 @@ def fit_input_size(
     grow = max(1.0, MIN_SIDE / min(width, height))
     if width * height * grow * grow > MAX_INPUT_PIXELS and grow > 1.0:
         return None
-    grown = round(width * grow), round(height * grow)
-    fitted = fit_size(
-        width=grown[0], height=grown[1], multiple=multiple, max_pixels=MAX_INPUT_PIXELS
-    )
-    aspect_change = abs(math.log(fitted[0] / fitted[1] * height / width))
-    return None if aspect_change > math.log(1.5) else fitted
+    scale = min(grow, math.sqrt(MAX_INPUT_PIXELS / (width * height)))
+    floor = max(MIN_SIDE, multiple)
+
+    def sides(length: int) -> set[int]:
+        below = int(length * scale) // multiple * multiple
+        return {max(floor, below), max(floor, below + multiple)}
+
+    def stretch(size: tuple[int, int]) -> tuple[float, float]:
+        aspect = abs(math.log(size[0] / size[1] * height / width))
+        return round(aspect, 3), abs(math.log(size[0] * size[1] / (width * height * scale**2)))
+
+    sizes = [
+        (across, down)
+        for across in sides(width)
+        for down in sides(height)
+        if across * down <= MAX_INPUT_PIXELS
+    ]
+    if not sizes or stretch(min(sizes, key=stretch))[0] > math.log(1.5):
+        return None
+    if (width, height) in sizes:
+        return width, height
+    return min(sizes, key=stretch)
 
 
 def _integer(value: object) -> object:

@@ -8,6 +8,7 @@ other code knows that it is tiny. Its pictures are coloured noise: the weights w
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,19 +36,23 @@ def write_tiny(folder: Path) -> Path:
     Raises:
         OutputFailed: `folder` holds something else, or cannot be written.
     """
+    from safetensors import SafetensorError
+
     folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputFailed(f"{str(folder)!r} is not an empty folder: name another")
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.parent / f".{secrets.token_hex(8)}.part"
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputFailed(f"{str(folder)!r} is not an empty folder: name another")
         partial.mkdir(parents=True)
         _write(partial)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except OSError as error:
-        raise OutputFailed(f"cannot write {str(folder)!r}: {error.strerror or error}") from error
+    except OutputFailed:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputFailed(f"cannot write {str(folder)!r}: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

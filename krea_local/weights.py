@@ -164,7 +164,8 @@ def find_safety_checker(checkpoint: Checkpoint, source: str | os.PathLike[str]) 
         raise WeightsNotFound(
             f"the safety checker {text!r} is not there ({own} or the hub's cache): get it with "
             f"`hf download {SAFETY_CHECKER_REPO} config.json preprocessor_config.json "
-            "model.safetensors`, or switch it off with enable_safety_checker=False"
+            "model.safetensors`, or switch it off with enable_safety_checker=False "
+            "(--no-enable-safety-checker)"
         ) from error
 
 
@@ -174,8 +175,8 @@ def _find_default() -> Checkpoint:
     except WeightsNotFound as error:
         raise WeightsNotFound(
             f"no weights of {KREA.name} on this machine. To fetch its 33.7 GB, name it: "
-            f"model={KREA.repo!r}. To use a folder, name that or set {MODEL_VARIABLE}. "
-            "To try without weights: model='tiny' (weights.md has the details)"
+            f"model='{KREA.alias}' (--model {KREA.alias}). To use a folder, name that, or set "
+            f"{MODEL_VARIABLE}. To try without weights: model='tiny' (weights.md has the details)"
         ) from error
 
 
@@ -249,8 +250,8 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
         raise WeightsNotFound(f"no repository {page}, or it is private: {login}") from error
     except LocalEntryNotFoundError as error:
         raise WeightsNotFound(
-            f"{repo} is not in the hub's cache, and the hub was not or cannot be asked "
-            "(a folder was given, HF_HUB_OFFLINE is set, or there is no connection)"
+            f"{repo} is not in the hub's cache, and the hub was not asked or did not answer: "
+            "check the connection and HF_HUB_OFFLINE, and try again"
         ) from error
     except Exception as error:
         # HTTP errors, a full disk, and the transport's own errors, whose classes depend on the HTTP

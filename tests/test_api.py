@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def test_a_typo_does_not_cost_the_model_that_is_kept(no_models_kept: None) -> No
     with pytest.raises(WeightsNotFound):
         krea_local.txt2img("a fox", model="./typo")
     assert list(api._kept_models.values()) == [kept]
+
+
+def test_models_are_loaded_from_several_threads(tiny_folder: Path) -> None:
+    """Their libraries patch classes of the whole process while they load."""
+    found: list[bytes] = []
+
+    def work() -> None:
+        model = krea_local.load(tiny_folder, device="cpu")  # the checker is read at the first call
+        drawn = model.txt2img("a fox", image_size=SMALL, num_inference_steps=1, seed=1)
+        found.append(drawn.images[0].tobytes())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    work()
+    assert len(found) == 5
+    assert len(set(found)) == 1
 
 
 def test_a_bad_request_does_not_load_the_model_first(no_models_kept: None) -> None:
@@ -115,6 +135,8 @@ def test_cuda_without_a_gpu_says_so() -> None:
         ({"acceleration": "max"}, InvalidRequest, "acceleration='max': should be one of 'none'"),
         ({"batch_size": 2.0}, InvalidRequest, "batch_size=2.0: should be 1, 2, 3 or 4"),
         ({"safety_threshold": "0.5"}, InvalidRequest, "safety_threshold='0.5': should be"),
+        ({"safety_checker": None}, InvalidRequest, "safety_checker=None: should be a folder"),
+        ({"model": "x" * 300}, WeightsNotFound, "cannot look at|no model"),
         ({"batch_size": 5}, InvalidRequest, "batch_size=5: should be 1, 2, 3 or 4"),
     ],
 )
@@ -122,4 +144,4 @@ def test_a_bad_option_of_load_is_told(
     arguments: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        krea_local.load("tiny", **arguments)  # type: ignore[arg-type]
+        krea_local.load(**{"model": "tiny", **arguments})  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -290,7 +291,11 @@ def test_a_redrawn_picture_is_repeated_given_the_same_input(
             "guidance_scale='nan': should be a finite",
         ),
         (["txt2img", "a", "--image-size", "9x9"], 2, "image_size.width='9': should be greater"),
-        (["txt2img", "a", "--image-size", "huge"], 2, "image_size='huge': should be 'square_hd'"),
+        (
+            ["txt2img", "a", "--image-size", "huge"],
+            2,
+            "image_size='huge': should be like 1024x768, or",
+        ),
         (["txt2img", "a", "--image-size", "4000x4000"], 2, "the nearest that fits is 2048x2048"),
         (["txt2img", "a", "--output", "a.gif"], 2, "should be a .jpeg or .png file, or a folder"),
         (
@@ -353,6 +358,69 @@ def test_each_kind_of_error_has_its_exit_code(
 
     monkeypatch.setattr(krea_local.api, "load", load)
     assert cli.main(["txt2img", "a"]) == code
+
+
+def test_a_screen_that_cannot_show_everything_is_no_reason_to_fail() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    arguments = [sys.executable, "-m", "krea_local", "--help"]
+    plain = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert (plain.returncode, plain.stderr) == (0, "")
+
+
+def test_output_that_cannot_be_printed_is_told_without_a_trace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert cli.main(["txt2img", "a", *QUICK]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "krea-local: [Errno 28] No space left on device"
+
+
+def test_being_terminated_tidies_up_and_tells_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tidied: list[bool] = []
+
+    def load(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        finally:
+            tidied.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(krea_local.api, "load", load)
+    with pytest.raises(SystemExit, match="143"):
+        cli.main(["txt2img", "a"])
+    assert tidied == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_prompts_files_of_all_makes_are_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("windows.txt").write_bytes("\ufeffred fox\r\ngreen fox\r\n".encode())
+    assert cli.main(["txt2img", "--prompts", "windows.txt", "--json", *QUICK]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["red fox", "green fox"]
+    Path("binary").write_bytes(bytes(range(256)))
+    assert cli.main(["txt2img", "--prompts", "binary", *QUICK]) == 2
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["txt2img", "--prompts", "-", *QUICK]) == 2
+    assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_what_a_file_says_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {"prompt": "x", "num_inference_steps": 1, "guidance_scale": 4.5, "seed": 1}
+    recipe |= {"width": 64, "height": 64, "model": "tiny", "version": "\x1b]0;owned\x07\n"}
+    with_recipe(Image.new("RGB", (64, 64)), recipe).save("x.png")
+    assert cli.main(["txt2img", "--from", "x.png", *QUICK]) == 0
+    err = capsys.readouterr().err
+    assert "owned" in err
+    assert "\x1b" not in err
+    assert len(err.splitlines()) == 1
 
 
 def test_json_tells_errors_to_programs(capsys: pytest.CaptureFixture[str]) -> None:

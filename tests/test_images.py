@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import http.server
 import io
+import os
 import struct
 import threading
 import time
@@ -155,6 +157,18 @@ def test_a_bomb_is_refused_from_its_header_without_decoding() -> None:
     assert time.perf_counter() - start < 1
 
 
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(InvalidImage, match="is not a regular file"):
+            open_image(source)
+
+
+def test_channels_named_a_are_not_transparency() -> None:
+    lab = Image.new("LAB", (8, 8), (128, 128, 128))
+    assert open_image(lab).notices == ()
+
+
 def test_a_file_over_50_mib_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     with path.open("wb") as file:
@@ -176,6 +190,7 @@ def test_a_file_over_50_mib_is_refused(tmp_path: Path) -> None:
         ("data:image/png;base64,****", "not valid base64"),
         ("data:text/plain,hello", "is not an image"),
         ("http://", "could not load"),
+        ("file://[x", "is not a URL"),
         ("http://[bad/", "is not a URL: Invalid IPv6"),
     ],
 )
@@ -245,6 +260,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b".")
                 self.wfile.flush()
                 time.sleep(0.05)
+        elif path == "/gzip":
+            body = gzip.compress(PNG)
+            self._answer(200, body, {"Content-Encoding": "gzip, gzip"})
         elif path == "/slow-headers":
             for i in range(100):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n" if i == 0 else b"X-%d: x\r\n" % i)
@@ -309,6 +327,7 @@ def test_an_image_is_fetched_over_http_and_redirects_followed(server: str) -> No
         ("/loop", "could not load .*redirect"),
         ("/large", "is over 50 MiB"),
         ("/cut", "could not load"),
+        ("/gzip", r"arrives compressed \(gzip, gzip\): not read"),
     ],
 )
 def test_a_bad_url_is_refused_with_the_reason(server: str, path: str, message: str) -> None:

@@ -189,6 +189,37 @@ def test_a_nonsensical_header_is_refused(broken_folder: Path, file: str, header:
         load(broken_folder)
 
 
+def test_a_stray_file_does_not_override_the_real_one(broken_folder: Path, krea: Krea) -> None:
+    file = broken_folder / TRANSFORMER
+    state = {name: tensor * 0 for name, tensor in load_file(file).items()}
+    save_file(state, file.with_name("z.safetensors"))
+    assert picture(load(broken_folder)) == picture(krea)
+    file.rename(file.with_name("a.safetensors"))
+    with pytest.raises(WeightsInvalid, match="holds 2 .safetensors and no index"):
+        load(broken_folder)
+
+
+@pytest.mark.parametrize("file", COMPONENT_FILES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(
+    broken_folder: Path, file: str, dtype: torch.dtype
+) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in load_file(broken_folder / file).items()}
+    save_file(state, broken_folder / file, {"format": "pt"})
+    with pytest.raises(WeightsInvalid, match="weights are not read"):
+        load(broken_folder)
+
+
+def test_a_truncated_or_missing_vocabulary_is_refused(broken_folder: Path) -> None:
+    merges = broken_folder / "tokenizer" / "merges.txt"
+    merges.write_text("#version: 0.2\n")
+    with pytest.raises(WeightsInvalid, match="merges.txt' is truncated"):
+        load(broken_folder)
+    merges.unlink()
+    with pytest.raises(WeightsNotFound, match=r"no merges.txt in .*broken/tokenizer"):
+        load(broken_folder)
+
+
 @pytest.mark.parametrize("where", [None, [], {"a": 3}])
 def test_a_nonsensical_index_is_refused(broken_folder: Path, where: object) -> None:
     index = broken_folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
@@ -214,6 +245,8 @@ def test_a_nonsensical_index_is_refused(broken_folder: Path, where: object) -> N
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
         ),
         ("scheduler/scheduler_config.json", {"base_shift": "x"}),
+        ("scheduler/scheduler_config.json", {"base_image_seq_len": 4096}),
+        ("vae/config.json", {"scaling_factor": float("nan")}),
         ("scheduler/scheduler_config.json", {"max_shift": float("nan")}),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
@@ -82,6 +83,31 @@ def test_pillows_own_save_carries_it_too(tmp_path: Path, name: str) -> None:
     assert b"krea_local" in buffer.getvalue()
     picture().save(tmp_path / "x.webp")  # other formats are Pillow's own affair
     assert picture().resize((8, 8)).getpixel((0, 0))
+
+
+def test_copies_keep_the_recipe_and_changed_pictures_only_the_mark(tmp_path: Path) -> None:
+    for name, image in (
+        ("copy.jfif", picture().copy()),
+        ("copy.apng", copy.copy(picture())),
+    ):
+        image.save(tmp_path / name)
+        assert read_recipe(tmp_path / name) == RECIPE
+    smaller = picture()
+    smaller.thumbnail((16, 16))
+    bare = picture()
+    bare.info.clear()
+    for image in (smaller, bare, bare.copy()):
+        image.save(tmp_path / "x.png")
+        assert b"trainedAlgorithmicMedia" in (tmp_path / "x.png").read_bytes() or image is not bare
+        with pytest.raises(InvalidImage, match="carries no krea_local recipe"):
+            read_recipe(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "", "..", "a\0b"])
+def test_a_name_never_leaves_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest, match="name=.*without a folder"):
+        result().save(tmp_path / "in", name=name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_png_is_lossless_and_jpeg_is_of_the_hosted_quality() -> None:

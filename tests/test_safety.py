@@ -161,6 +161,29 @@ def test_a_checker_that_gives_nan_lets_nothing_pass(broken_folder: Path) -> None
         model.txt2img("a fox", image_size=SIZE, num_inference_steps=1)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"size": {"height": 10**6, "width": 10**6}},
+        {"size": {"height": 48, "width": 48}},
+        {"size": {}},
+        {"image_std": [0, 0, 0]},
+        {"image_mean": [0.5]},
+    ],
+)
+def test_a_checker_that_cannot_look_fails_before_anything_is_drawn(
+    broken_folder: Path, values: dict[str, object]
+) -> None:
+    file = broken_folder / "safety_checker" / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    model = krea_local.load(broken_folder, device="cpu")
+    seen: list[object] = []
+    with pytest.raises((WeightsInvalid, GenerationFailed), match=r"safety.checker"):
+        model.txt2img("a fox", image_size=SIZE, num_inference_steps=1, on_step=seen.append)
+    assert seen == []
+
+
 def test_a_damaged_checker_is_an_error(broken_folder: Path) -> None:
     file = broken_folder / "safety_checker" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])

@@ -68,6 +68,18 @@ def test_every_text_has_tokens(tiny_folder: Path, text: str) -> None:
         assert t5.decode(t5(text)["input_ids"], skip_special_tokens=True).split() == text.split()
 
 
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OutputFailed, match="No space left on device"):
+        write_tiny(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_an_empty_or_new_folder_is_written(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
@@ -75,7 +87,10 @@ def test_only_an_empty_or_new_folder_is_written(tmp_path: Path) -> None:
         with pytest.raises(OutputFailed, match="is not an empty folder"):
             write_tiny(folder)
     assert [p.name for p in tmp_path.rglob("*")] == ["full", "x"]
+    (tmp_path / ".empty.part").mkdir()
+    (tmp_path / ".empty.part" / "x").write_text("mine too")
     (tmp_path / "empty").mkdir()
     assert (write_tiny(tmp_path / "empty") / "vae").is_dir()
+    assert (tmp_path / ".empty.part" / "x").read_text() == "mine too"
     with pytest.raises(OutputFailed, match="cannot write '/proc/x/y'"):
         write_tiny(Path("/proc/x/y"))
