@@ -8,7 +8,6 @@ hub, or of how pictures are made.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from krea_local.errors import UnsupportedModel, WeightsError, WeightsInvalid, WeightsNotFound
-from krea_local.weights import COMPONENTS, FOLDERS, PICKLES, Checkpoint, other_model
+from krea_local.errors import UnsupportedModel, WeightsInvalid, WeightsNotFound
+from krea_local.files import check_safetensors, read_json, weight_files
+from krea_local.weights import COMPONENTS, FOLDERS, Checkpoint, other_model
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
 # What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
 HARMLESS_TENSORS = (
     r"(^|\.)position_ids$|^encoder\.embed_tokens\.weight$|^(text|visual)_projection\.weight$"
-    r"|^logit_scale$|^vision_model\.|^decoder\.|^lm_head\."
+    r"|^logit_scale$|^vision_model\.|^decoder\.|^lm_head\.|(^|\.)pooler\."
 )
 
 MIN_MERGES = 10  # CLIP's has 48,894
-USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 OnBytes = Callable[[str, int], None]
 """(component, bytes read since the last call), while a checkpoint is read."""
@@ -89,7 +88,7 @@ def load_models(
         load_pretrained(kind, folder / name, dtype=dtype, device=device, on_bytes=report)
         for kind, name in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
     )
-    vae_config = _read_json(folder / "vae" / "config.json")
+    vae_config = read_json(folder / "vae" / "config.json")
     for name in ("scaling_factor", "shift_factor"):
         # FLUX.1's file has both; diffusers' own defaults are those of Stable Diffusion.
         _number(vae_config, name, math.nan, folder / "vae" / "config.json")
@@ -132,7 +131,7 @@ def check_layout(checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     index = folder / "model_index.json"
     if index.exists():
-        _refuse_pipeline(str(_read_json(index).get("_class_name", "")), folder)
+        _refuse_pipeline(str(read_json(index).get("_class_name", "")), folder)
     for name in FOLDERS:
         if not (folder / name).is_dir():
             raise WeightsNotFound(f"no {name}/ in {str(folder)!r}: weights.md says where to get it")
@@ -143,7 +142,7 @@ def check_layout(checkpoint: Checkpoint) -> None:
             check_safetensors(checkpoint.transformer_file)
         else:
             weight_files(folder / name)
-    config = _read_json(folder / "transformer" / "config.json")
+    config = read_json(folder / "transformer" / "config.json")
     kind = config.get("_class_name", "FluxTransformer2DModel")
     if kind != "FluxTransformer2DModel":
         raise UnsupportedModel(other_model(f"{str(folder)!r} holds a {kind}"))
@@ -163,92 +162,6 @@ def check_layout(checkpoint: Checkpoint) -> None:
             f"{str(folder / 'transformer' / 'config.json')!r} has axes_dims_rope={axes!r}, which "
             f"should add up to attention_head_dim={head!r}"
         )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component: one, or the shards that its index names.
-
-    Raises:
-        WeightsNotFound: none, or a shard is missing.
-        WeightsInvalid: there are only pickles, or a file is truncated.
-    """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        where = _read_json(indices[0]).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(one, str) for one in where.values()):
-            raise WeightsInvalid(f"{str(indices[0])!r} should hold a weight_map of file names")
-        files = [folder / shard for shard in sorted(set(where.values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        usual = [file for file in files if file.name in USUAL_NAMES]
-        if len(files) > 1 and not usual:
-            raise WeightsInvalid(
-                f"{str(folder)!r} holds {len(files)} .safetensors and no index: which one is meant?"
-            )
-        files = usual or files
-    if not files:
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-        if pickles:
-            raise WeightsInvalid(
-                f"{str(folder / pickles[0])!r} is a pickle, which can run any code: only "
-                ".safetensors are read; get that file, or convert it where you trust it"
-            )
-        raise WeightsNotFound(f"no .safetensors in {str(folder)!r}: weights.md lists the files")
-    for file in files:
-        check_safetensors(file)
-    return files
-
-
-def check_safetensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Read a safetensors header and compare it with the file's length.
-
-    Returns:
-        Tensor name → {"dtype", "shape", "data_offsets"}.
-
-    Raises:
-        WeightsNotFound: no such file.
-        WeightsInvalid: truncated, a Git LFS pointer, or not safetensors.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start.startswith(b"version "):
-                raise WeightsInvalid(f"{str(file)!r} is a Git LFS pointer: run `git lfs pull`")
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, 100_000_000):
-                raise WeightsInvalid(
-                    f"{str(file)!r} is truncated or not safetensors: its header should take "
-                    f"{length:,} bytes, the file has {size:,}; fetch it again"
-                )
-            content = json.loads(stream.read(length))
-    except FileNotFoundError as error:
-        raise WeightsNotFound(f"no file {str(file)!r}: fetch it again") from error
-    except OSError as error:
-        raise WeightsNotFound(f"cannot read {str(file)!r}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
-    try:
-        header: dict[str, dict[str, Any]] = dict(content)
-        header.pop("__metadata__", None)
-        shapes = [tuple(map(int, tensor["shape"])) for tensor in header.values()]
-        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-        assert len(shapes) == len(header)
-        integers = [n for n, tensor in header.items() if not re.match(r"B?F\d", tensor["dtype"])]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
-    if 8 + length + end != size:
-        raise WeightsInvalid(
-            f"{str(file)!r} is truncated: {size:,} of {8 + length + end:,} bytes; fetch it again"
-        )
-    # The published CLIP file has one tensor of integers, its positions.
-    odd = [name for name in integers if not name.endswith("position_ids")]
-    if odd:
-        kind = header[odd[0]]["dtype"]
-        raise WeightsInvalid(f"{str(file)!r}: tensor {odd[0]} is {kind}: such weights are not read")
-    return header
 
 
 def load_pretrained(
@@ -313,20 +226,10 @@ def _refuse_pipeline(pipeline: str, folder: Path) -> None:
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsInvalid(f"{str(file)!r} should hold a JSON object")
-    return content
-
-
 def _read_shift(file: Path) -> Shift:
     from krea_local.sampling import Shift
 
-    config = _read_json(file)
+    config = read_json(file)
     expected: dict[str, object] = {"use_dynamic_shifting": True, "num_train_timesteps": 1000}
     expected |= dict.fromkeys(
         ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling"),
@@ -401,7 +304,7 @@ def _load_module(
     import torch
     from safetensors import SafetensorError, safe_open
 
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     try:
         with torch.device("meta"):  # of this thread only, unlike accelerate's patch of nn.Module
             model = kind.from_config(config)

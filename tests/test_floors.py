@@ -15,6 +15,7 @@ FLOORS = [
     {"paths"},
     {"schema", "recipe", "sampling", "progress", "tiny"},
     {"images", "weights", "memory", "result"},
+    {"files"},
     {"loading"},
     {"safety", "text"},
     {"pipeline"},
