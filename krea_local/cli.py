@@ -316,9 +316,8 @@ def _load(given: dict[str, Any], model: str | None) -> Krea:
 
 def _print(result: Result, files: list[Path], label: str, *, as_json: bool) -> int:
     if as_json:
-        answer = result.to_api(sync_mode=True)
+        answer = result.with_urls([file.absolute().as_uri() for file in files])
         for image, file in zip(answer["images"], files, strict=True):
-            image["url"] = file.absolute().as_uri()
             image["file"] = str(file)
         answer |= {"model": label, "notices": list(result.notices)}
         print(json.dumps(answer), flush=True)

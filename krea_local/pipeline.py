@@ -382,8 +382,8 @@ class Krea:
         )
         if request.acceleration != "none":
             call.notices.append(
-                f"acceleration={request.acceleration!r} is not there yet: run as 'none', the same "
-                "picture at that level's speed"
+                f"acceleration={request.acceleration!r} is not there yet: run as 'none', "
+                "at its speed"
             )
         try:
             images = self._draw(request, call, input_image, width=width, height=height)

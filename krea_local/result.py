@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,11 @@ class Result:
         else:
             target = default_folder() if folder is None else folder
             urls = [path.absolute().as_uri() for path in self.save(target)]
+        return self.with_urls(urls)
+
+    def with_urls(self, urls: Sequence[str]) -> dict[str, Any]:
+        """This result as the hosted API's JSON object, its images at `urls`, in their order."""
+        content_type = CONTENT_TYPES[self.output_format]
         return {
             "images": [
                 {
