@@ -13,15 +13,16 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from benchmarks.random_model import krea_of
 from krea_local.errors import InvalidRequest, KreaError
 from krea_local.info import versions
+from krea_local.loading import Engine
 from krea_local.pipeline import Krea
-from krea_local.schema import PRESETS
+from krea_local.schema import PRESETS, Acceleration
 
 HOSTED_DOLLARS_PER_MEGAPIXEL = 0.025  # billed by rounding up to the nearest megapixel
 GIB = 2**30
@@ -45,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--offload", default="none")
+    parser.add_argument("--acceleration", default="none", choices=get_args(Acceleration))
+    parser.add_argument("--engine", default="native", choices=get_args(Engine))
     parser.add_argument(
         "--gpu-price", type=float, default=3.0, help="dollars an hour, for the cost"
     )
@@ -67,7 +70,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one configuration; seconds are medians over `runs` calls."""
     width, height = _size(options.image_size)
     start = time.perf_counter()
-    krea = krea_of(options.model, options.device, options.dtype, options.offload, options.batch)
+    krea = krea_of(
+        options.model,
+        options.device,
+        options.dtype,
+        options.offload,
+        options.batch,
+        engine=options.engine,
+        acceleration=options.acceleration,
+    )
     load_seconds = time.perf_counter() - start
     if krea.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(krea.device)
@@ -85,7 +96,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         calls.append((time.perf_counter() - start, dict(result.timings)))
     hot = calls[1:]
     return {
-        "engine": f"krea_local:{krea.acceleration}",
+        "engine": (
+            f"krea_local:{krea.acceleration}"
+            if options.engine == "native"
+            else "krea_local:diffusers-transformer"
+        ),
         "model": krea.label,
         "device": _device_name(krea),
         "dtype": str(krea.dtype).removeprefix("torch."),

@@ -6,6 +6,7 @@ faster on an H200), so a benchmark needs no licence and no download.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ import torch
 import krea_local
 from krea_local import weights
 from krea_local.api import choose_device, choose_dtype
-from krea_local.loading import Models, load_tokenizer
+from krea_local.loading import Engine, Models, load_tokenizer
 from krea_local.memory import check_offload
 from krea_local.pipeline import Krea
 from krea_local.safety import SafetyChecker
 from krea_local.sampling import Shift
+from krea_local.schema import Acceleration
+from krea_local.tensor_names import pieces, to_diffusers
+from krea_local.transformer import Config, FluxTransformer
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -86,11 +90,28 @@ def build(name: str) -> Any:
     return T5EncoderModel(T5Config(**config))
 
 
-def random_models(device: torch.device, dtype: torch.dtype) -> Models:
+def random_models(
+    device: torch.device, dtype: torch.dtype, *, engine: Engine = "native", offload: str = "none"
+) -> Models:
     """All components with weights N(0, 0.02); norms and biases as a fresh model has them."""
+    from accelerate import init_empty_weights
     from transformers import CLIPTokenizer, T5TokenizerFast
 
-    parts = {name: _filled(name, device, dtype) for name in CONFIGS}
+    cpu = torch.device("cpu")
+    home = cpu if offload == "model" else device
+    with init_empty_weights():  # which, unlike the meta device, makes buffers
+        parts = {name: build(name) for name in CONFIGS if name != "transformer"}
+    parts = {name: _filled(model, home, dtype) for name, model in parts.items()}
+    with torch.device("meta"):
+        transformer = FluxTransformer(Config.of(CONFIGS["transformer"]))
+    parts["transformer"] = _filled(transformer, home, dtype)
+    if engine == "diffusers":
+        parts["transformer"] = as_diffusers(parts["transformer"])
+    elif offload == "modulation":
+        for layer in transformer.modulations():
+            for parameter in layer.parameters():
+                kept = parameter.data.to(cpu)
+                parameter.data = kept.pin_memory() if device.type == "cuda" else kept
     tiny = weights.find("tiny").folder
     return Models(
         **parts,
@@ -100,11 +121,23 @@ def random_models(device: torch.device, dtype: torch.dtype) -> Models:
     )
 
 
-def _filled(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
+def as_diffusers(transformer: FluxTransformer) -> Any:
+    """The same weights, most of them in the same memory, in diffusers' class."""
+    from diffusers import FluxTransformer2DModel
 
-    with init_empty_weights():
-        model = build(name)
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            **dataclasses.asdict(transformer.config), guidance_embeds=True
+        )
+    config = transformer.config
+    table = pieces(config.num_layers, config.num_single_layers)
+    state = to_diffusers(transformer.state_dict(), table, config.hidden_size)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """`model`, which is on the meta device, on `device` with random weights."""
     generator = torch.Generator(device).manual_seed(0)
     state = {}
     for key, tensor in model.state_dict().items():
@@ -120,7 +153,16 @@ def _filled(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def krea_of(model: str, device: str, dtype: str, offload: str, batch_size: int) -> Krea:
+def krea_of(
+    model: str,
+    device: str,
+    dtype: str,
+    offload: str,
+    batch_size: int,
+    *,
+    engine: Engine = "native",
+    acceleration: Acceleration = "none",
+) -> Krea:
     """A Krea for a benchmark: "random-12b", or anything that `krea_local.load` takes."""
     if model != "random-12b":
         return krea_local.load(
@@ -129,17 +171,19 @@ def krea_of(model: str, device: str, dtype: str, offload: str, batch_size: int) 
             dtype=dtype,
             offload=offload,
             batch_size=batch_size,
+            engine=engine,
+            acceleration=acceleration,
             progress=False,
         )
     place = choose_device(device)
-    home = place if offload == "none" else torch.device("cpu")
     checker = weights.find("tiny").folder / "safety_checker"
     return Krea(
-        random_models(home, choose_dtype(dtype, place)),
+        random_models(place, choose_dtype(dtype, place), engine=engine, offload=offload),
         device=place,
         label="random-12b",
         guidance_scale=4.5,
         offload=check_offload(offload),
+        acceleration=acceleration,
         load_safety_checker=lambda: SafetyChecker(checker, device=place),
         batch_size=batch_size,
         progress=False,

@@ -26,6 +26,7 @@ from krea_local.weights import MODEL_VARIABLE, SAFETY_CHECKER_REPO
 if TYPE_CHECKING:
     import torch
 
+    from krea_local.loading import Engine
     from krea_local.pipeline import Krea
     from krea_local.progress import OnStep
     from krea_local.result import Result
@@ -38,6 +39,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     offload: str = "none",
     acceleration: str = "none",
+    engine: Engine = "native",
     safety_checker: str | os.PathLike[str] = SAFETY_CHECKER_REPO,
     safety_threshold: float = THRESHOLD,
     batch_size: int = 1,
@@ -52,9 +54,12 @@ def load(
             variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the cache holds it.
         device: "cuda", "cuda:1", "cpu"; "auto" is CUDA if there is a GPU, else the CPU.
         dtype: "bfloat16", "float32"; "auto" is bfloat16 on CUDA, float32 on the CPU.
-        offload: "none" keeps all on the GPU, about 34 GiB at 1 megapixel; "model" lets encoders,
-            transformer and VAE take turns there, about 23 GiB.
-        acceleration: "none", "regular" or "high", for calls that name none.
+        offload: "none" keeps all on the GPU, about 33 GiB at 1 megapixel; "modulation" leaves the
+            27 % of the transformer on the CPU that an image needs once, about 27 GiB; "model" also
+            lets encoders, transformer and VAE take turns, about 17 GiB. The picture is the same.
+        acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
+            "regular" multiplies in 8-bit floats, "high" also skips steps; `speed.LEVELS` has all.
+        engine: "native" is our transformer; "diffusers" is theirs, slower, to compare with.
         safety_checker: a folder or hub id. A checkpoint folder's own `safety_checker/` goes first.
             It is read before the first picture that is screened, and fetched only if the model
             itself was named by hub id.
@@ -73,6 +78,10 @@ def load(
         InvalidRequest: a parameter that is none of the above.
     """
     level = _one_of("acceleration", acceleration, get_args(Acceleration))
+    if engine not in ("native", "diffusers"):
+        raise InvalidRequest(f"engine={engine!r}: should be 'native' or 'diffusers'")
+    if engine == "diffusers" and offload == "modulation":
+        raise InvalidRequest("offload='modulation': should be 'none' or 'model' with 'diffusers'")
     if not isinstance(safety_threshold, (int, float)) or not 0 <= safety_threshold <= 1:
         raise InvalidRequest(f"safety_threshold={safety_threshold!r}: should be between 0 and 1")
     if type(batch_size) is not int or not 1 <= batch_size <= 4:
@@ -86,6 +95,7 @@ def load(
             dtype=dtype,
             offload=offload,
             level=level,
+            engine=engine,
             safety_checker=safety_checker,
             safety_threshold=safety_threshold,
             batch_size=batch_size,
@@ -106,6 +116,7 @@ def _load(
     dtype: str | torch.dtype,
     offload: str,
     level: Acceleration,
+    engine: Engine,
     safety_checker: str | os.PathLike[str],
     safety_threshold: float,
     batch_size: int,
@@ -131,11 +142,19 @@ def _load(
     except OSError as error:  # a folder without permission, a name that is too long
         raise WeightsNotFound(f"cannot look at {model!r}: {error.strerror or error}") from error
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
-    home = device if offload == "none" else torch.device("cpu")
-    advice = "load with offload='model', or free the GPU" if offload == "none" else "free memory"
+    cpu = torch.device("cpu")
+    home = cpu if offload == "model" else device
+    advice = "load with offload='model', or free the GPU" if offload != "model" else "free memory"
     try:
         with memory.explained_out_of_memory(advice):
-            models = loading.load_models(checkpoint, dtype=dtype, device=home, on_bytes=bar.advance)
+            models = loading.load_models(
+                checkpoint,
+                dtype=dtype,
+                device=home,
+                modulation_device=home if offload == "none" else cpu,
+                engine=engine,
+                on_bytes=bar.advance,
+            )
     finally:
         bar.close()
 
@@ -144,7 +163,7 @@ def _load(
             folder = weights.find_safety_checker(checkpoint, safety_checker)
             return SafetyChecker(folder, device=device, threshold=safety_threshold)
 
-    return Krea(
+    krea = Krea(
         models,
         device=device,
         label=checkpoint.label,
@@ -155,6 +174,9 @@ def _load(
         batch_size=batch_size,
         progress=progress,
     )
+    with torch.inference_mode():
+        krea.prepare(level)  # compiles kernels, so that the first picture need not
+    return krea
 
 
 @documented(Txt2ImgRequest)

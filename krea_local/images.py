@@ -108,7 +108,7 @@ def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
     import torch
 
     bytes_ = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(one) for one in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(one) for one in bytes_.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def _read_file(path: Path) -> bytes:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from krea_local.errors import UnsupportedModel, WeightsInvalid, WeightsNotFound
 from krea_local.files import check_safetensors, read_json, weight_files
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
 
     from krea_local.sampling import Shift
+    from krea_local.transformer import FluxTransformer
 
 # What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
 HARMLESS_TENSORS = (
@@ -39,6 +40,9 @@ HARMLESS_TENSORS = (
 
 MIN_MERGES = 10  # CLIP's has 48,894
 
+Engine = Literal["native", "diffusers"]
+"""`native`: our transformer, fused and fast. `diffusers`: theirs, to compare with."""
+
 OnBytes = Callable[[str, int], None]
 """(component, bytes read since the last call), while a checkpoint is read."""
 
@@ -47,7 +51,7 @@ OnBytes = Callable[[str, int], None]
 class Models:
     """The parts of FLUX.1 [dev], ready to run: in evaluation mode, in one dtype."""
 
-    transformer: FluxTransformer2DModel
+    transformer: FluxTransformer | FluxTransformer2DModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     text_encoder_2: T5EncoderModel
@@ -61,9 +65,19 @@ def load_models(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    modulation_device: torch.device | None = None,
+    engine: Engine = "native",
     on_bytes: OnBytes | None = None,
 ) -> Models:
     """Read a checkpoint, which `check_layout` has seen, onto `device`.
+
+    Args:
+        checkpoint: what to read.
+        dtype: of every weight.
+        device: where they go.
+        modulation_device: where the transformer's modulation goes instead, with engine "native".
+        engine: whose transformer class.
+        on_bytes: hears of progress.
 
     Raises:
         WeightsNotFound: a component or one of its files is missing.
@@ -94,8 +108,18 @@ def load_models(
     vae = _load_module(
         AutoencoderKL, folder / "vae", weight_files(folder / "vae"), dtype, device, report
     )
-    transformer = _load_module(
-        FluxTransformer2DModel, folder / "transformer", transformer_files, dtype, device, report
+    transformer = (
+        _load_module(
+            FluxTransformer2DModel, folder / "transformer", transformer_files, dtype, device, report
+        )
+        if engine == "diffusers"
+        else _load_transformer(
+            folder / "transformer",
+            transformer_files,
+            dtype,
+            (device, modulation_device or device),
+            report,
+        )
     )
     return Models(
         transformer=transformer,
@@ -301,7 +325,6 @@ def _load_module(
 ) -> Any:
     """Build a diffusers model without memory, then read its tensors one by one onto `device`."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
     config = read_json(folder / "config.json")
     try:
@@ -310,7 +333,80 @@ def _load_module(
     except Exception as error:  # a configuration can ask for anything
         reason = str(error) or type(error).__name__
         raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = {}
+    for name, tensor in _tensors(
+        files, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ):
+        state[name] = tensor.to(device=device, dtype=dtype)
+        on_bytes(folder.name, tensor.nbytes)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _load_transformer(
+    folder: Path,
+    files: list[Path],
+    dtype: torch.dtype,
+    devices: tuple[torch.device, torch.device],
+    on_bytes: OnBytes,
+) -> FluxTransformer:
+    """Build our transformer without memory, then read diffusers' tensors into its fused ones.
+
+    `devices`: of the weights, and of the modulation's.
+    """
+    import torch
+
+    from krea_local import tensor_names
+    from krea_local.transformer import Config, FluxTransformer
+
+    try:
+        config = Config.of(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            model = FluxTransformer(config)
+    except WeightsInvalid:
+        raise
+    except Exception as error:  # a configuration can ask for anything
+        reason = str(error) or type(error).__name__
+        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
+    empty, width = model.state_dict(), config.hidden_size
+    table = tensor_names.pieces(config.num_layers, config.num_single_layers)
+    modulations = {id(layer) for layer in model.modulations()}
+    streamed = {
+        f"{name}.{kind}"
+        for name, module in model.named_modules()
+        if id(module) in modulations
+        for kind in ("weight", "bias")
+    }
+    wanted = {
+        name: tuple(tensor.shape)
+        for name, tensor in tensor_names.to_diffusers(empty, table, width).items()
+    }
+    places: dict[str, list[tensor_names.Piece]] = {}
+    for piece in table:
+        places.setdefault(piece.diffusers, []).append(piece)
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in _tensors(files, wanted):
+        for piece in places[name]:
+            original = piece.original
+            if original not in state:
+                place = devices[original in streamed]
+                # Pinned, what is copied to the GPU for every image goes there at full speed.
+                pinned = place.type == "cpu" and devices[0].type == "cuda"
+                state[original] = torch.empty(
+                    empty[original].shape, dtype=dtype, device=place, pin_memory=pinned
+                )
+            piece.of_original(state[original], width).copy_(piece.of_diffusers(tensor, width))
+        on_bytes(folder.name, tensor.nbytes)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _tensors(
+    files: list[Path], wanted: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of `files`, after seeing that they are those of the model, in its shapes."""
+    from safetensors import SafetensorError, safe_open
+
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         found |= {name: tuple(t["shape"]) for name, t in check_safetensors(file).items()}
@@ -322,18 +418,13 @@ def _load_module(
     ]
     faults += [f"{name} is not part of the model" for name in found if name not in wanted]
     _refuse_faults(", ".join(str(file) for file in files), faults)
-    state = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as reader:
                 for name in reader.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    tensor = reader.get_tensor(name)
-                    state[name] = tensor.to(device=device, dtype=dtype)
-                    on_bytes(folder.name, tensor.nbytes)
+                    yield name, reader.get_tensor(name)
         except SafetensorError as error:
             raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def _refuse_faults(where: str, faults: list[str]) -> None:

@@ -7,18 +7,21 @@ nothing is left behind when it fails or is cancelled. Knows nothing of where wei
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from krea_local import text
+from krea_local import speed, text, vae
 from krea_local._version import __version__
 from krea_local.errors import (
     GenerationFailed,
@@ -34,7 +37,7 @@ from krea_local.images import (
     pixels_to_images,
     resize,
 )
-from krea_local.memory import Offload, explained_out_of_memory, on_device
+from krea_local.memory import Offload, explained_out_of_memory, is_out_of_memory, on_device
 from krea_local.progress import Bar, Call, OnStep, Stage
 from krea_local.recipe import with_recipe
 from krea_local.result import Result
@@ -62,6 +65,8 @@ from krea_local.schema import (
     documented,
     fit_input_size,
 )
+from krea_local.skipping import StepCache
+from krea_local.transformer import Conditioning, Execution, FluxTransformer
 
 if TYPE_CHECKING:
     from krea_local.loading import Models
@@ -71,9 +76,12 @@ STAGES: dict[type[Txt2ImgRequest | Img2ImgRequest], tuple[Stage, ...]] = {
     Txt2ImgRequest: ("text", "denoise", "decode", "safety"),
     Img2ImgRequest: ("text", "encode", "denoise", "decode", "safety"),
 }
+logger = logging.getLogger(__name__)
+
 CACHED_PROMPTS = 8  # 4 MB each
 OUT_OF_MEMORY_ADVICE: dict[Offload, str] = {
-    "none": "load with offload='model', make the image smaller, or free the GPU",
+    "none": "load with offload='modulation' or 'model', make the image smaller, or free the GPU",
+    "modulation": "load with offload='model', make the image smaller, or free the GPU",
     "model": "make the image smaller, or free the GPU",
 }
 
@@ -84,17 +92,21 @@ class Krea:
     Calls from several threads wait for one another: one GPU, one picture at a time.
 
     Args:
-        models: the parts, in one dtype, on `device` (or on the CPU with offload "model").
+        models: the parts, in one dtype, on `device`, or on the CPU where `offload` says so.
         device: where the pictures are made.
         label: what recipes call the model.
         guidance_scale: default of calls that name none.
         acceleration: default of calls that name none.
-        offload: which models stay on the device.
+        offload: what stays on the device.
         load_safety_checker: called once, before the first picture that is to be screened.
         batch_size: images of one call that are denoised together. 1 makes image i exactly the one
             that a call with its seed makes; more is faster where small images leave the GPU idle,
             but kernels for other batch sizes round differently, and details then differ.
         progress: show a bar on standard error, where that is a terminal.
+
+    Attributes:
+        settings: how each `acceleration` runs, filled when first asked for; a benchmark may put
+            its own there.
     """
 
     def __init__(
@@ -112,6 +124,7 @@ class Krea:
     ) -> None:
         self.models = models
         self.device = device
+        vae.prepare(models.vae, device)
         self.dtype: torch.dtype = models.transformer.dtype
         self.label = label
         self.guidance_scale = guidance_scale
@@ -122,6 +135,10 @@ class Krea:
         self._load_safety_checker = load_safety_checker
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
+        self.settings: dict[Acceleration, speed.Settings] = {}
+        self._notices: dict[Acceleration, tuple[str, ...]] = {}
+        self._float8: FluxTransformer | None = None
+        self._conditioning: tuple[tuple[object, ...], Conditioning] | None = None  # the last one
         self._lock = threading.RLock()  # held while the models work
         self._running: threading.Thread | None = None
         self._cancelled = threading.Event()
@@ -270,24 +287,25 @@ class Krea:
     @torch.inference_mode()
     def encode_image(self, image: Image.Image) -> Tensor:
         """Image → latent map [1, 16, H/8, W/8]: the mode of the posterior, so without chance."""
-        vae = self.models.vae
-        with self._resident(vae):
+        model = self.models.vae
+        with self._resident(model):
             pixels = image_to_pixels(image).to(self.device, self.dtype)
-            encoded = vae.encode(pixels).latent_dist.mode()
-        latent_map: Tensor = (encoded - vae.config["shift_factor"]) * vae.config["scaling_factor"]
+            encoded = model.encode(pixels).latent_dist.mode()
+        latent_map: Tensor = (encoded - model.config["shift_factor"]) * model.config[
+            "scaling_factor"
+        ]
         return latent_map
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, width: int, height: int) -> Tensor:
         """Latents [B, S, 64] → pixels [B, 3, H, W] in about [-1, 1]."""
-        vae = self.models.vae
+        model = self.models.vae
         latent_map = unpack(
             latents, rows=height // self.size_multiple, columns=width // self.size_multiple
         )
-        latent_map = latent_map / vae.config["scaling_factor"] + vae.config["shift_factor"]
-        with self._resident(vae):
-            pixels: Tensor = vae.decode(latent_map, return_dict=False)[0]
-        return pixels
+        latent_map = latent_map / model.config["scaling_factor"] + model.config["shift_factor"]
+        with self._resident(model):
+            return vae.decode(model, latent_map)
 
     @torch.inference_mode()
     def latents(
@@ -320,14 +338,128 @@ class Krea:
             assert isinstance(request, Img2ImgRequest)
             sigmas = sigmas[steps - steps_to_run(steps, request.strength) :]
             latent_map = add_noise(clean, latent_map, sigmas[0])
-        velocity = self._velocity(request, batch=len(seeds), rows=rows, columns=columns)
-        with self._resident(self.models.transformer):
+        with self._resident_transformer(request.acceleration):
+            velocity = self._velocity(request, sigmas, batch=len(seeds), rows=rows, columns=columns)
             return denoise(velocity, pack(latent_map), sigmas, on_step)
 
+    def prepare(self, acceleration: Acceleration) -> speed.Settings:
+        """How `acceleration` runs here: chosen, and its kernels compiled, when first asked for."""
+        with self._lock:
+            transformer = self.models.transformer
+            if acceleration not in self.settings:
+                self.settings[acceleration] = speed.Settings()
+                if isinstance(transformer, FluxTransformer):
+                    steps = speed.LEVELS[acceleration]
+                    settings, notices = speed.settings_of(steps, self.device, transformer)
+                    self.settings[acceleration] = settings
+                    self._notices[acceleration] = tuple(
+                        f"acceleration={acceleration!r}: {notice}" for notice in notices
+                    )
+                elif acceleration != "none":
+                    notice = f"acceleration={acceleration!r} is run as 'none' by engine='diffusers'"
+                    self._notices[acceleration] = (notice,)
+            return self.settings[acceleration]
+
     def _velocity(
-        self, request: Txt2ImgRequest | Img2ImgRequest, *, batch: int, rows: int, columns: int
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        sigmas: Tensor,
+        *,
+        batch: int,
+        rows: int,
+        columns: int,
     ) -> Velocity:
-        """The transformer as a function of latents and noise level."""
+        """The transformer as a function of latents and step."""
+        transformer = self.models.transformer
+        if not isinstance(transformer, FluxTransformer):
+            return self._diffusers_velocity(
+                request, sigmas, batch=batch, rows=rows, columns=columns
+            )
+        settings = self.prepare(request.acceleration)
+        cache = None
+        if settings.skipping is not None:
+            cache = StepCache(settings.skipping, sigmas, settings.execution.group)
+        conditioning = self._condition(request, sigmas, rows=rows, columns=columns)
+
+        def velocity(latents: Tensor, step: int) -> Tensor:
+            current = self.settings[request.acceleration]
+            try:
+                return self._step(current, latents, conditioning, step, cache)
+            except Exception as error:
+                plain = replace(
+                    current, execution=Execution(group=current.execution.group), float8=False
+                )
+                if is_out_of_memory(error) or current == plain:
+                    raise
+                # A kernel that cannot do this size: slower, but drawn. If the GPU itself has
+                # failed, so does the second attempt.
+                logger.warning("step %d failed and is repeated in plain torch", step, exc_info=True)
+                result = self._step(plain, latents, conditioning, step, cache)
+                self.settings[request.acceleration] = plain
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self._notices[request.acceleration] = (
+                    f"acceleration={request.acceleration!r} failed and runs in plain torch from "
+                    f"now on, slower: {reason}",
+                )
+                return result
+
+        return velocity
+
+    def _step(
+        self,
+        settings: speed.Settings,
+        latents: Tensor,
+        conditioning: Conditioning,
+        step: int,
+        cache: StepCache | None,
+    ) -> Tensor:
+        model = self._variant(settings)
+        with self._resident(*model.step_modules()) if self.offload == "model" else nullcontext():
+            velocity: Tensor = model(latents, conditioning, step, settings.execution, cache)
+        return velocity
+
+    def _variant(self, settings: speed.Settings) -> FluxTransformer:
+        """The transformer, or itself in 8-bit floats, which is made when first asked for."""
+        transformer = self.models.transformer
+        assert isinstance(transformer, FluxTransformer)
+        if not settings.float8:
+            return transformer
+        if self._float8 is None:
+            self._float8 = transformer.in_float8(settings.execution.kernels, self.device)
+        return self._float8
+
+    def _condition(
+        self, request: Txt2ImgRequest | Img2ImgRequest, sigmas: Tensor, *, rows: int, columns: int
+    ) -> Conditioning:
+        """What the steps have in common; that of the last call is kept, 60 MB."""
+        settings = self.prepare(request.acceleration)
+        group = settings.execution.group
+        key = (request.prompt, request.guidance_scale, *sigmas.tolist(), rows, columns, group)
+        if self._conditioning is None or self._conditioning[0] != key:
+            self._conditioning = None  # two need not be there at once
+            prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
+            conditioning = self._variant(settings).condition(
+                prompt_embeds,
+                pooled_prompt_embeds,
+                timesteps=model_timestep(sigmas[:-1], self.dtype).to(self.device),
+                guidance=torch.tensor([float(request.guidance_scale)], device=self.device),
+                txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=self.device),
+                img_ids=latent_ids(rows=rows, columns=columns).to(self.device),
+                group=group,
+            )
+            self._conditioning = key, conditioning
+        return self._conditioning[1]
+
+    def _diffusers_velocity(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        sigmas: Tensor,
+        *,
+        batch: int,
+        rows: int,
+        columns: int,
+    ) -> Velocity:
+        """diffusers' transformer as a function of latents and step."""
         prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
         # Copies, not views: a batch of stride 0 takes another matmul path, which rounds otherwise.
         prompt_embeds = prompt_embeds.repeat(batch, 1, 1)
@@ -335,12 +467,13 @@ class Krea:
         guidance = torch.full((batch,), float(request.guidance_scale), device=self.device)
         txt_ids = torch.zeros(prompt_embeds.shape[1], 3, device=self.device)
         img_ids = latent_ids(rows=rows, columns=columns).to(self.device)
+        timesteps = model_timestep(sigmas, self.dtype).to(self.device)
         transformer = self.models.transformer
 
-        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        def velocity(latents: Tensor, step: int) -> Tensor:
             predicted: Tensor = transformer(
                 hidden_states=latents,
-                timestep=model_timestep(sigma, batch, latents.dtype),
+                timestep=timesteps[step].expand(batch),
                 guidance=guidance,
                 pooled_projections=pooled_prompt_embeds,
                 encoder_hidden_states=prompt_embeds,
@@ -380,11 +513,6 @@ class Krea:
             timings=dict.fromkeys(STAGES[type(request)], 0.0),
             notices=notices,
         )
-        if request.acceleration != "none":
-            call.notices.append(
-                f"acceleration={request.acceleration!r} is not there yet: run as 'none', "
-                "at its speed"
-            )
         try:
             images = self._draw(request, call, input_image, width=width, height=height)
             flags = (False,) * len(images)
@@ -451,7 +579,7 @@ class Krea:
         assert request.seed is not None
         seeds = [request.seed + i for i in range(request.num_images)]
         batches = []
-        with call.stage("denoise"), self._resident(self.models.transformer):
+        with call.stage("denoise"), self._resident_transformer(request.acceleration):
             for first in range(0, len(seeds), self.batch_size):
                 batch = seeds[first : first + self.batch_size]
 
@@ -473,6 +601,7 @@ class Krea:
                 )
             latents = torch.cat(batches)
             self._refuse_nan(latents, request)  # waits for the GPU, once, after the loop
+        call.notices.extend(self._notices.get(request.acceleration, ()))
         return latents
 
     def _refuse_nan(self, tensor: Tensor, request: Txt2ImgRequest | Img2ImgRequest) -> None:
@@ -564,12 +693,22 @@ class Krea:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _resident_transformer(
+        self, acceleration: Acceleration
+    ) -> contextlib.AbstractContextManager[None]:
+        """Have on the device what the steps of a call need."""
+        settings = self.prepare(acceleration)
+        transformer = self.models.transformer
+        if not isinstance(transformer, FluxTransformer):
+            return self._resident(transformer)
+        return self._resident(*self._variant(settings).step_modules())
+
     @contextlib.contextmanager
     def _resident(self, *modules: nn.Module) -> Iterator[None]:
         """Have `modules` on the device, and to oneself."""
         with self._lock:
-            if self.offload == "none":
-                yield
-            else:
+            if self.offload == "model":
                 with on_device(list(modules), self.device):
                     yield
+            else:
+                yield

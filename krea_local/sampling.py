@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(latents [B, S, 64], sigma, a float32 scalar tensor) → velocity, shaped as `latents`."""
+Velocity = Callable[[Tensor, int], Tensor]
+"""(latents [B, S, 64], step from 0) → velocity at noise level sigmas[step], shaped as `latents`."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ def latent_ids(*, rows: int, columns: int) -> Tensor:
     return ids.reshape(rows * columns, 3)
 
 
-def model_timestep(sigma: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """The noise level as the transformer takes it: [B], in [0, 1]."""
+def model_timestep(sigmas: Tensor, dtype: torch.dtype) -> Tensor:
+    """Noise levels as the transformer takes them, in [0, 1]."""
     # Round sigma * 1000, then divide, as diffusers does: the other order rounds to other levels.
-    return (sigma * 1000).expand(batch).to(dtype) / 1000
+    return (sigmas * 1000).to(dtype) / 1000
 
 
 def denoise(
@@ -130,7 +130,8 @@ def denoise(
     Never waits for the GPU.
 
     Args:
-        velocity: predicts noise - clean.
+        velocity: predicts noise - clean. Takes the step, not its noise level, because what
+            depends on the level alone is a table by step, made before the loop.
         latents: tokens [B, S, 64] at noise level sigmas[0].
         sigmas: float32 [T + 1] noise levels.
         on_step: called with (steps done, latents) after each step; what it raises ends the loop.
@@ -140,7 +141,7 @@ def denoise(
     """
     sigmas = sigmas.to(latents.device)
     for step in range(len(sigmas) - 1):
-        predicted = velocity(latents, sigmas[step])
+        predicted = velocity(latents, step)
         # dt is a scalar tensor, so dt * velocity rounds to bfloat16 before the float32 sum, as in
         # diffusers: the other order changes the picture.
         move = (sigmas[step + 1] - sigmas[step]) * predicted

@@ -30,6 +30,14 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+def pytest_configure() -> None:
+    import torch
+
+    # Triton's kernels run for real on a GPU, and elsewhere in its interpreter.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
@@ -68,6 +76,21 @@ def krea_bfloat16(tiny_folder: Path) -> Krea:
     import krea_local
 
     return krea_local.load(tiny_folder, device="cpu", dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def krea_diffusers(tiny_folder: Path) -> Krea:
+    """With diffusers' transformer."""
+    import krea_local
+
+    return krea_local.load(tiny_folder, device="cpu", dtype="float32", engine="diffusers")
+
+
+@pytest.fixture(scope="session")
+def krea_diffusers_bfloat16(tiny_folder: Path) -> Krea:
+    import krea_local
+
+    return krea_local.load(tiny_folder, device="cpu", dtype="bfloat16", engine="diffusers")
 
 
 @dataclass(frozen=True)
@@ -126,13 +149,13 @@ class Oracle:
 
 
 @pytest.fixture(scope="session")
-def oracle(krea: Krea, tiny_folder: Path) -> Oracle:
-    return Oracle(krea, tiny_folder)
+def oracle(krea_diffusers: Krea, tiny_folder: Path) -> Oracle:
+    return Oracle(krea_diffusers, tiny_folder)
 
 
 @pytest.fixture(scope="session")
-def oracle_bfloat16(krea_bfloat16: Krea, tiny_folder: Path) -> Oracle:
-    return Oracle(krea_bfloat16, tiny_folder)
+def oracle_bfloat16(krea_diffusers_bfloat16: Krea, tiny_folder: Path) -> Oracle:
+    return Oracle(krea_diffusers_bfloat16, tiny_folder)
 
 
 @pytest.fixture

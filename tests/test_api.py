@@ -131,7 +131,11 @@ def test_cuda_without_a_gpu_says_so() -> None:
         ({"dtype": "float16"}, InvalidRequest, "dtype='float16': should be .*overflows"),
         ({"dtype": torch.float64}, InvalidRequest, "dtype='torch.float64': should be"),
         ({"dtype": None}, InvalidRequest, "dtype='None'"),
-        ({"offload": "all"}, InvalidRequest, "offload='all': should be 'none' or 'model'"),
+        (
+            {"offload": "all"},
+            InvalidRequest,
+            "offload='all': should be one of 'none', 'modulation', 'model'",
+        ),
         ({"acceleration": "max"}, InvalidRequest, "acceleration='max': should be one of 'none'"),
         ({"batch_size": 2.0}, InvalidRequest, "batch_size=2.0: should be 1, 2, 3 or 4"),
         ({"safety_threshold": "0.5"}, InvalidRequest, "safety_threshold='0.5': should be"),

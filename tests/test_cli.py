@@ -90,7 +90,7 @@ def test_a_picture_is_drawn_to_the_named_file(
 
 
 def test_options_of_the_model_are_passed_on(one_model: list[Any]) -> None:
-    options = ["--device", "cpu", "--dtype", "float32", "--offload", "model"]
+    options = ["--device", "cpu", "--dtype", "float32", "--offload", "model", "--engine", "native"]
     checker = ["--safety-checker", "x", "--safety-threshold", "0.85", "--quiet"]
     assert cli.main(["txt2img", "a", *options, *checker, *QUICK]) == 0
     assert one_model[0] == (
@@ -100,6 +100,7 @@ def test_options_of_the_model_are_passed_on(one_model: list[Any]) -> None:
             "device": "cpu",
             "dtype": "float32",
             "offload": "model",
+            "engine": "native",
             "safety_checker": "x",
             "safety_threshold": 0.85,
         },

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import krea_local
 from krea_local import UnsupportedModel, WeightsInvalid, WeightsNotFound, loading, weights
 from krea_local.pipeline import Krea
+from krea_local.tensor_names import pieces, to_diffusers
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 COMPONENT_FILES = [
@@ -54,10 +55,18 @@ def test_everything_is_loaded_in_the_dtype_asked_for_and_ready_to_run(
         assert not any(p.requires_grad for p in part.parameters())
 
 
-def test_every_tensor_is_the_files(tiny_folder: Path, krea: Krea) -> None:
-    for name in ("transformer", "vae"):
+def test_every_tensor_is_the_files(tiny_folder: Path, krea: Krea, krea_diffusers: Krea) -> None:
+    models = krea.models
+    table = pieces(len(models.transformer.double_blocks), len(models.transformer.single_blocks))
+    width = models.transformer.config.hidden_size
+    ours = to_diffusers(models.transformer.state_dict(), table, width)
+    theirs = krea_diffusers.models.transformer.state_dict()
+    for name, loaded in (
+        ("transformer", ours),
+        ("transformer", theirs),
+        ("vae", models.vae.state_dict()),
+    ):
         file = load_file(tiny_folder / name / "diffusion_pytorch_model.safetensors")
-        loaded = getattr(krea.models, name).state_dict()
         assert set(loaded) == set(file)
         assert all(torch.equal(loaded[key], file[key].float()) for key in file)
     clip = load_file(tiny_folder / "text_encoder" / "model.safetensors")

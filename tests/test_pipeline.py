@@ -49,8 +49,8 @@ def _txt2img(**arguments: object) -> Txt2ImgRequest:
 
 
 @pytest.mark.parametrize(("width", "height", "steps", "guidance", "seeds"), CASES)
-def test_latents_equal_diffusers_bit_for_bit_in_bfloat16(
-    krea_bfloat16: Krea,
+def test_latents_equal_diffusers_bit_for_bit_in_bfloat16_with_its_transformer(
+    krea_diffusers_bfloat16: Krea,
     oracle_bfloat16: Oracle,
     width: int,
     height: int,
@@ -60,7 +60,7 @@ def test_latents_equal_diffusers_bit_for_bit_in_bfloat16(
 ) -> None:
     request = _txt2img(num_inference_steps=steps, guidance_scale=guidance)
     with torch.inference_mode():
-        ours = krea_bfloat16.latents(request, seeds=seeds, width=width, height=height)
+        ours = krea_diffusers_bfloat16.latents(request, seeds=seeds, width=width, height=height)
     theirs = oracle_bfloat16.txt2img(
         request.prompt,
         seeds=seeds,
@@ -96,14 +96,14 @@ def test_pixels_equal_diffusers_in_float32(
         num_inference_steps=steps,
         guidance_scale=guidance,
     )
-    # diffusers returns [0, 1]: the same operations in the same order; 2e-6 is for its rescaling.
-    assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), theirs, rtol=0, atol=2e-6)
+    # Our transformer fuses matrices and sums in another order: some units of the last place a step.
+    assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), theirs, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("seeds", [[5], [5, 6, 7]])
 def test_img2img_latents_equal_diffusers_given_the_same_encoded_image(
-    krea_bfloat16: Krea,
+    krea_diffusers_bfloat16: Krea,
     oracle_bfloat16: Oracle,
     picture: Path,
     strength: float,
@@ -118,8 +118,9 @@ def test_img2img_latents_equal_diffusers_given_the_same_encoded_image(
         }
     )
     with torch.inference_mode():
-        clean = krea_bfloat16.encode_image(Image.open(picture).convert("RGB"))
-        ours = krea_bfloat16.latents(request, seeds=seeds, width=96, height=64, clean=clean)
+        krea = krea_diffusers_bfloat16
+        clean = krea.encode_image(Image.open(picture).convert("RGB"))
+        ours = krea.latents(request, seeds=seeds, width=96, height=64, clean=clean)
     theirs = oracle_bfloat16.img2img(
         request.prompt,
         clean=clean,
@@ -144,7 +145,7 @@ def test_prompt_embeddings_equal_diffusers(krea: Krea, oracle: Oracle) -> None:
         models.tokenizer,
         models.text_encoder_2,
         models.tokenizer_2,
-        models.transformer,
+        oracle.krea.models.transformer,
     )
     for prompt in ("", "a red fox", "Übergröße 狐 🦊\n\ttabs"):
         with torch.inference_mode():
@@ -356,7 +357,7 @@ def test_calls_from_two_threads_wait_for_one_another(krea: Krea) -> None:
 def test_damaged_weights_are_an_error_and_not_a_black_picture(broken_folder: Path) -> None:
     model = krea_local.load(broken_folder, device="cpu", dtype="float32")
     with torch.no_grad():
-        model.models.transformer.proj_out.bias[0] = float("nan")
+        model.models.transformer.final_layer.linear.bias[0] = float("nan")
     with pytest.raises(GenerationFailed, match=r"NaN or infinity at seed 5"):
         model.txt2img("a fox", image_size=SMALL, num_inference_steps=1, seed=5)
 
@@ -422,11 +423,15 @@ def test_an_empty_prompt_draws(krea: Krea) -> None:
 
 
 @pytest.mark.parametrize("acceleration", ["regular", "high"])
-def test_acceleration_is_accepted_and_runs_as_none_with_one_notice(
-    krea: Krea, acceleration: str
+@pytest.mark.parametrize(
+    ("engine", "notice"), [("native", "runs in float32"), ("diffusers", "run as 'none' by engine")]
+)
+def test_what_a_device_cannot_accelerate_is_drawn_all_the_same_with_one_notice(
+    krea: Krea, krea_diffusers: Krea, acceleration: str, engine: str, notice: str
 ) -> None:
+    krea = krea if engine == "native" else krea_diffusers
     arguments = {"image_size": SMALL, "num_inference_steps": 2, "seed": 1}
-    with pytest.warns(KreaWarning, match=f"{acceleration}.*run as 'none'") as seen:
+    with pytest.warns(KreaWarning, match=f"{acceleration}.*{notice}") as seen:
         result = krea.txt2img("a fox", acceleration=acceleration, **arguments)
     assert len(seen) == 1
     plain = krea.txt2img("a fox", **arguments)

@@ -127,10 +127,18 @@ def test_the_documents_name_every_model_and_file() -> None:
     assert f"## {krea_local.__version__}" in changes
 
 
+def test_every_step_of_every_level_is_told() -> None:
+    from krea_local.speed import LEVELS
+
+    for steps in LEVELS.values():
+        for step in steps:
+            assert f"`{step.name}`" in README
+
+
 def test_the_footprints_are_told_as_computed() -> None:
     from krea_local.memory import Footprint
 
     for text in (README, (ROOT / "weights.md").read_text(encoding="utf-8")):
-        for gib in (Footprint().none, Footprint().model):
+        for gib in (Footprint().none, Footprint().modulation, Footprint().model):
             assert f"{gib:.1f} GiB" in text
     assert "not yet measured" in README

@@ -112,15 +112,15 @@ def test_denoise_follows_a_constant_velocity_to_the_clean_image() -> None:
     noise = torch.tensor([[[5.0, 0.5, -1.0]]])
     seen: list[float] = []
 
-    def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        seen.append(float(sigma))
+    def velocity(latents: torch.Tensor, step: int) -> torch.Tensor:
+        seen.append(step)
         return noise - clean
 
     steps: list[int] = []
     sigmas = torch.tensor([1.0, 0.5, 0.25, 0.0])
     latents = sampling.denoise(velocity, noise, sigmas, lambda step, _: steps.append(step))
     assert torch.equal(latents, clean)
-    assert seen == [1.0, 0.5, 0.25]
+    assert seen == [0, 1, 2]
     assert steps == [1, 2, 3]
 
 

@@ -262,4 +262,4 @@ print(checkpoint.label, checkpoint.folder, checkpoint.transformer_file, sep="\\n
     )
     assert SRPO.guidance_scale == 4.5
     assert models.transformer.dtype == torch.bfloat16
-    assert torch.equal(models.transformer.proj_out.bias, state["proj_out.bias"])
+    assert torch.equal(models.transformer.final_layer.linear.bias, state["proj_out.bias"])

@@ -1,0 +1,165 @@
+"""The fused operations between FLUX.1's matrix products, and the choice of who runs them.
+
+Each exists as a Triton kernel, one subject a file, and in plain torch (`fallback.py`), with equal
+signatures. They are memory-bound: what they save is passes over the rows. `choose` checks every
+kernel against plain torch on the very GPU before it is used, so that a kernel that fails to compile
+or computes something else there costs speed, never a picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from krea_local.kernels import fallback
+from krea_local.kernels.rows import Layout, Quantized, Rows, part
+
+__all__ = ["PLAIN", "Kernels", "Layout", "Quantized", "Rows", "choose", "part"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The fused operations; their signatures are documented in `fallback`."""
+
+    name: Literal["torch", "triton"]
+    norm_modulate: Callable[..., Rows]
+    residual_norm_modulate: Callable[..., Rows]
+    qk_norm_rotary: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gelu: Callable[..., Rows]
+    quantize: Callable[[Tensor], Quantized]
+
+
+PLAIN = Kernels(
+    name="torch",
+    norm_modulate=fallback.norm_modulate,
+    residual_norm_modulate=fallback.residual_norm_modulate,
+    qk_norm_rotary=fallback.qk_norm_rotary,
+    gelu=fallback.gelu,
+    quantize=fallback.quantize,
+)
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, *, heads: int, head_dim: int, quantized: bool = False
+) -> tuple[Kernels, str | None]:
+    """The fastest operations that are right on `device`, and why they are not Triton's, if so.
+
+    Args:
+        device: where they will run. Triton is for CUDA; elsewhere plain torch needs no excuse.
+        dtype: of the activations.
+        heads: attention heads of the model.
+        head_dim: numbers a head.
+        quantized: check the variants with 8-bit floats too.
+    """
+    if device.type != "cuda":
+        return PLAIN, None
+    try:
+        kernels = triton_kernels()
+        check(kernels, device, dtype, heads=heads, head_dim=head_dim, quantized=quantized)
+    except Exception as error:  # a missing compiler, a GPU that Triton does not know, ...
+        logger.warning("Triton kernels are not used: %s", error, exc_info=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return PLAIN, f"plain torch operations run instead of Triton kernels, slower: {reason}"
+    return kernels, None
+
+
+def triton_kernels() -> Kernels:
+    """The Triton kernels.
+
+    Raises:
+        ImportError: no Triton here.
+    """
+    from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary
+
+    return Kernels(
+        name="triton",
+        norm_modulate=norm_modulate.norm_modulate,
+        residual_norm_modulate=norm_modulate.residual_norm_modulate,
+        qk_norm_rotary=qk_norm_rotary.qk_norm_rotary,
+        gelu=gelu.gelu,
+        quantize=gelu.quantize,
+    )
+
+
+def check(
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    head_dim: int,
+    quantized: bool,
+) -> None:
+    """Run every operation once at the model's width, against plain torch; this compiles them too.
+
+    Raises:
+        ValueError: a result differs by more than rounding.
+    """
+    if head_dim & (head_dim - 1):
+        raise ValueError(f"heads of {head_dim} numbers: should be a power of 2")
+    layout = Layout(batch=2, text=3, image=5)
+    rows, width = layout.rows, heads * head_dim
+    random = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    x, y, fused = draw(rows, width), draw(rows, width), draw(rows, 7 * width)
+    gate, shift, scale = draw(2, 3, width).unbind(1)
+    norms = [draw(head_dim) for _ in range(4)]
+    pairs = (norms[0], norms[1]), (norms[2], norms[3])
+    angles = draw(layout.text + layout.image, head_dim // 2).float()
+    cos, sin = angles.cos(), angles.sin()
+    lonely = Layout(batch=1, text=3, image=13)
+    far = draw(16, head_dim // 2).float()
+
+    def results(ops: Kernels) -> list[Rows]:
+        moved = x.clone()
+        found: list[Rows] = [
+            ops.norm_modulate(x, shift, scale, text_rows=6),
+            ops.residual_norm_modulate(moved, y, gate, shift, scale, text_rows=6),
+            moved,
+            *ops.qk_norm_rotary(fused[:, : 3 * width], *pairs, cos, sin, layout=layout),
+            *ops.qk_norm_rotary(fused[:, : 3 * width], *pairs, far.cos(), far.sin(), layout=lonely),
+            ops.gelu(fused[:, 3 * width :]),
+            ops.gelu(fused[:, 3 * width :], x),
+        ]
+        if quantized:
+            moved = x.clone()
+            found += [
+                ops.quantize(x),
+                ops.norm_modulate(x, shift, scale, text_rows=6, quantized=True),
+                ops.residual_norm_modulate(
+                    moved, y, gate, shift, scale, text_rows=6, quantized=True
+                ),
+                ops.gelu(fused[:, 3 * width :], quantized=True),
+                ops.gelu(fused[:, 3 * width :], x, quantized=True),
+            ]
+        return found
+
+    for i, (ours, wanted) in enumerate(zip(results(kernels), results(PLAIN), strict=True)):
+        # 8-bit floats have 3 bits of fraction: another rounding now and then moves one by 1 / 8.
+        allowed = 1e-2 if isinstance(wanted, Quantized) or dtype != torch.float32 else 1e-4
+        error = distance(ours, wanted)
+        if not error <= allowed:  # also where it is NaN
+            raise ValueError(f"operation {i} of {kernels.name} differs by {error:.1e} on {device}")
+
+
+def distance(one: Rows, other: Rows) -> float:
+    """Relative L2 distance of two results."""
+    a, b = dequantized(one), dequantized(other)
+    return float((a - b).norm() / b.norm())
+
+
+def dequantized(rows: Rows) -> Tensor:
+    """The numbers, in float32."""
+    if isinstance(rows, Quantized):
+        return rows.values.float() * rows.scale
+    return rows.float()

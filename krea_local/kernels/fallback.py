@@ -1,0 +1,141 @@
+"""Every fused operation in plain torch: what runs without Triton, and what the kernels must equal.
+
+As in the kernels, arithmetic is in float32 and each result is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from krea_local.kernels.rows import (
+    EPS,
+    FLOAT8,
+    FLOAT8_MAX,
+    SMALLEST_SCALE,
+    Layout,
+    Quantized,
+    Rows,
+)
+
+
+def quantize(x: Tensor) -> Quantized:
+    """Each row of x [R, K] as 8-bit floats, its largest number at their end."""
+    number = x.float()
+    scale = (number.abs().amax(dim=1, keepdim=True) / FLOAT8_MAX).clamp(min=SMALLEST_SCALE)
+    out = Quantized.empty(x.shape[0], x.shape[1], x.device)
+    out.scale.copy_(scale)
+    out.values.copy_((number / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8))
+    return out
+
+
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, *, text_rows: int, quantized: bool = False
+) -> Rows:
+    """LayerNorm without weights, then `* (1 + scale) + shift`.
+
+    Args:
+        x: [R, D].
+        shift: [2, D], for the rows of text and for those of the image.
+        scale: [2, D], likewise.
+        text_rows: how many rows are text; they come first.
+        quantized: return 8-bit floats.
+    """
+    normed = F.layer_norm(x.float(), (x.shape[1],), eps=EPS)
+    out = torch.empty_like(normed)
+    for stream, rows in enumerate((slice(0, text_rows), slice(text_rows, None))):
+        out[rows] = normed[rows] * (1 + scale[stream].float()) + shift[stream].float()
+    return quantize(out) if quantized else out.to(x.dtype)
+
+
+def residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    text_rows: int,
+    quantized: bool = False,
+) -> Rows:
+    """`x += gate * y` in place, then `norm_modulate` of the sum.
+
+    Args:
+        x: [R, D], the residual stream.
+        y: [R, D], what a block adds.
+        gate: [2, D], for the rows of text and for those of the image.
+        shift: as for `norm_modulate`.
+        scale: likewise.
+        text_rows: likewise.
+        quantized: likewise.
+    """
+    for stream, rows in enumerate((slice(0, text_rows), slice(text_rows, None))):
+        moved = x[rows].float() + gate[stream].float() * y[rows].float()
+        x[rows] = moved.to(x.dtype)
+    return norm_modulate(x, shift, scale, text_rows=text_rows, quantized=quantized)
+
+
+def qk_norm_rotary(
+    qkv: Tensor,
+    query_norms: tuple[Tensor, Tensor],
+    key_norms: tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm and rotary position of queries and keys, and attention's order of tokens.
+
+    Args:
+        qkv: [R, 3 · H · d] or the first columns of a wider matrix.
+        query_norms: weights [d] for the rows of text and for those of the image.
+        key_norms: likewise.
+        cos: float32 [L + S, d / 2].
+        sin: likewise.
+        layout: of the rows.
+
+    Returns:
+        query, key, value [B, L + S, H, d]; with one image the value is a view of `qkv`.
+    """
+    dim = query_norms[0].shape[0]
+    parts = qkv.unflatten(1, (3, -1, dim))  # [R, 3, H, d]
+    found = []
+    for i, norms in enumerate((query_norms, key_norms)):
+        streams = []
+        for norm, rows in zip(
+            norms, (slice(0, layout.text_rows), slice(layout.text_rows, None)), strict=True
+        ):
+            normed = F.rms_norm(parts[rows, i].float(), (dim,), norm.float(), EPS)
+            streams.append(normed.unflatten(0, (layout.batch, -1)))
+        pairs = torch.cat(streams, dim=1).unflatten(-1, (-1, 2))  # [B, N, H, d / 2, 2]
+        real, imaginary = pairs.unbind(-1)
+        c, s = cos[:, None], sin[:, None]
+        turned = torch.stack((real * c - imaginary * s, imaginary * c + real * s), dim=-1)
+        found.append(turned.flatten(-2).to(qkv.dtype))
+    return found[0], found[1], tokens(parts[:, 2], layout)
+
+
+def tokens(rows: Tensor, layout: Layout) -> Tensor:
+    """Rows [R, …] → tokens [B, L + S, …], text first; a view if there is one image."""
+    if layout.batch == 1:
+        return rows[None]
+    streams = (rows[: layout.text_rows], rows[layout.text_rows :])
+    return torch.cat([one.unflatten(0, (layout.batch, -1)) for one in streams], dim=1)
+
+
+def rows_of(joined: Tensor, layout: Layout) -> Tensor:
+    """Tokens [B, L + S, …] → rows [R, …]: the way back from `tokens`."""
+    if layout.batch == 1:
+        return joined[0]
+    return torch.cat(
+        [joined[:, : layout.text].flatten(0, 1), joined[:, layout.text :].flatten(0, 1)]
+    )
+
+
+def gelu(x: Tensor, before: Tensor | None = None, *, quantized: bool = False) -> Rows:
+    """GELU (tanh) of x [R, F], after the columns `before` [R, D] if given: [R, D + F]."""
+    out = F.gelu(x.float(), approximate="tanh")
+    if before is not None:
+        out = torch.cat((before.float(), out), dim=1)
+    return quantize(out) if quantized else out.to(x.dtype)

@@ -1,0 +1,121 @@
+"""Residual, LayerNorm, modulation and quantisation in one pass over the rows (Triton)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from krea_local.kernels.rows import EPS, FLOAT8_MAX, SMALLEST_SCALE, Quantized, Rows
+
+
+@triton.jit
+def _kernel(
+    x,
+    y,
+    gate,
+    shift,
+    scale,
+    out,
+    out_scale,
+    text_rows,
+    y_stride,
+    gate_stride,
+    shift_stride,
+    scale_stride,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    residual: tl.constexpr,
+    quantized: tl.constexpr,
+    eps: tl.constexpr,
+    largest: tl.constexpr,
+    smallest_scale: tl.constexpr,
+):
+    """One row a program: a row of 3072 numbers stays in registers from the read to the write."""
+    row = tl.program_id(0).to(tl.int64)
+    stream = (row >= text_rows).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < width
+    number = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if residual:
+        added = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
+        by = tl.load(gate + stream * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+        # What is normalised is what is stored: rounded.
+        rounded = (number + by * added).to(x.dtype.element_ty)
+        tl.store(x + row * width + column, rounded, mask=inside)
+        number = rounded.to(tl.float32)
+    mean = tl.sum(number, axis=0) / width
+    centred = tl.where(inside, number - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / width
+    normed = centred * tl.rsqrt(variance + eps)
+    factor = tl.load(scale + stream * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + stream * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+    result = normed * (1.0 + factor) + offset
+    if quantized:
+        size = tl.maximum(tl.max(tl.abs(result), axis=0) / largest, smallest_scale)
+        tl.store(out_scale + row, size)
+        result = tl.minimum(tl.maximum(result / size, -largest), largest)
+    tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, *, text_rows: int, quantized: bool = False
+) -> Rows:
+    """As `fallback.norm_modulate`."""
+    return _launch(x, None, shift, shift, scale, text_rows, quantized)
+
+
+def residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    text_rows: int,
+    quantized: bool = False,
+) -> Rows:
+    """As `fallback.residual_norm_modulate`."""
+    return _launch(x, y, gate, shift, scale, text_rows, quantized)
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    text_rows: int,
+    quantized: bool,
+) -> Rows:
+    rows, width = x.shape
+    assert x.is_contiguous()
+    assert all(vector.stride(1) == 1 for vector in (gate, shift, scale))
+    assert y is None or (y.shape == x.shape and y.stride(1) == 1)
+    out = Quantized.empty(rows, width, x.device) if quantized else torch.empty_like(x)
+    values, out_scale = out if isinstance(out, Quantized) else (out, out)
+    block = triton.next_power_of_2(width)
+    _kernel[(rows,)](
+        x,
+        x if y is None else y,
+        gate,
+        shift,
+        scale,
+        values,
+        out_scale,
+        text_rows,
+        0 if y is None else y.stride(0),
+        gate.stride(0),
+        shift.stride(0),
+        scale.stride(0),
+        width=width,
+        block=block,
+        residual=y is not None,
+        quantized=quantized,
+        eps=EPS,
+        largest=FLOAT8_MAX,
+        smallest_scale=SMALLEST_SCALE,
+        num_warps=min(16, max(1, block // 512)),  # 16 numbers a thread
+    )
+    return out

@@ -1,0 +1,92 @@
+"""The matrix products of the transformer, in the model's own precision or in 8-bit floats.
+
+Both take rows [R, K] and write rows [R, N], where they are told to. Knows nothing of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from krea_local.kernels import Quantized, Rows
+
+ALL = slice(None)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` over rows, into a given place."""
+
+    def project(self, x: Rows, out: Tensor | None = None, features: slice = ALL) -> Tensor:
+        """x [R, K] → [R, N], or some of its columns.
+
+        Args:
+            x: plain rows.
+            out: where to write [R, N]; rows may have any stride.
+            features: which of the N columns to compute.
+        """
+        assert isinstance(x, Tensor)
+        result: Tensor = torch.addmm(self.bias[features], x, self.weight[features].t(), out=out)
+        return result
+
+    def project_gelu(self, x: Rows, out: Tensor | None = None, features: slice = ALL) -> Tensor:
+        """`project`, then GELU (tanh), in the epilogue of the product: no pass of its own."""
+        assert isinstance(x, Tensor)
+        operation = torch.ops.aten._addmm_activation
+        arguments = (self.bias[features], x, self.weight[features].t())
+        if not x.is_cuda:  # there this operation's GELU is the other one, by erf
+            result = F.gelu(torch.addmm(*arguments), approximate="tanh")
+            return result if out is None else out.copy_(result)
+        if out is None:
+            out = x.new_empty(x.shape[0], arguments[2].shape[1])
+        operation.out(*arguments, use_gelu=True, out=out)
+        return out
+
+
+class Float8Linear(nn.Module):
+    """A linear layer in float8_e4m3: one scale an output of the weight and one a row of the input.
+
+    Products are summed with fast accumulation (22 bits instead of 32), as all fp8 inference of
+    FLUX.1 that is as fast does. Where the device has no such product it is emulated, slowly, with
+    the same numbers but for the order of the sum.
+    """
+
+    def __init__(self, weight: Quantized, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.values)  # [N, K]
+        self.register_buffer("scale", weight.scale.reshape(1, -1).contiguous())  # [1, N]
+        self.register_buffer("bias", bias)
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, quantize: Callable[[Tensor], Quantized], device: torch.device
+    ) -> Float8Linear:
+        """`linear` in 8-bit floats, quantised on `device` and kept where `linear` is."""
+        home = linear.weight.device
+        values, scale = quantize(linear.weight.detach().to(device))
+        return cls(Quantized(values.to(home), scale.to(home)), linear.bias.detach())
+
+    def project(self, x: Rows, out: Tensor | None = None) -> Tensor:
+        """Quantised x [R, K] → [R, N] in the model's precision."""
+        assert isinstance(x, Quantized)
+        if not x.values.is_cuda:
+            weight = self.weight.float() * self.scale.t()
+            product = F.linear(x.values.float() * x.scale, weight, self.bias.float())
+            product = product.to(self.bias.dtype)
+            return product if out is None else out.copy_(product)
+        result: Tensor = torch._scaled_mm(
+            x.values,
+            self.weight.t(),
+            x.scale,
+            self.scale,
+            bias=self.bias,
+            out_dtype=self.bias.dtype,
+            use_fast_accum=True,
+            out=out,
+        )
+        return result

@@ -1,0 +1,170 @@
+"""What `acceleration` means: levels, each an ordered list of named steps.
+
+A step changes one thing of how the transformer runs; its docstring says what, what it needs and
+whether pixels change. The pipeline walks the list of a level, and so does the waterfall of
+`python -m benchmarks.compare`, which measures what each step brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from krea_local import attention, kernels
+from krea_local.schema import Acceleration
+from krea_local.skipping import Skipping
+from krea_local.transformer import Execution, FluxTransformer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a call runs the transformer.
+
+    Attributes:
+        execution: operations and attention.
+        float8: the large layers in 8-bit floats.
+        skipping: which denoising steps may be skipped; None for none.
+    """
+
+    execution: Execution = field(default_factory=Execution)
+    float8: bool = False
+    skipping: Skipping | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it is to run."""
+
+    device: torch.device
+    transformer: FluxTransformer
+
+
+Notice = str | None
+Change = Callable[[Settings, Place], tuple[Settings, Notice]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a level.
+
+    Attributes:
+        change: settings before, and where → settings after, and a notice if it could not be done
+            as it should.
+        lossless: whether only rounding changes.
+        measured: what it brought, and on which GPU.
+    """
+
+    change: Change
+    lossless: bool
+    measured: str = "not yet measured on a GPU"
+
+    @property
+    def name(self) -> str:
+        """As benchmarks print it."""
+        return self.change.__name__
+
+    @property
+    def what(self) -> str:
+        """The first line of the step's docstring."""
+        return (self.change.__doc__ or "").strip().splitlines()[0]
+
+
+def fuse_pointwise(settings: Settings, place: Place) -> tuple[Settings, Notice]:
+    """Norm, modulation, residual, rotary and GELU in Triton kernels, a pass over memory each.
+
+    Needs CUDA and Triton; each kernel is first compared with plain torch on this very GPU.
+    """
+    config = place.transformer.config
+    chosen, notice = kernels.choose(
+        place.device,
+        place.transformer.dtype,
+        heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        quantized=has_float8(place.device),
+    )
+    return replace(settings, execution=replace(settings.execution, kernels=chosen)), notice
+
+
+def fastest_attention(settings: Settings, place: Place) -> tuple[Settings, Notice]:
+    """FlashAttention 3 or cuDNN on Hopper, cuDNN on Blackwell, torch's flash attention elsewhere.
+
+    FlashAttention 3 needs the package fa3-fwd.
+    """
+    chosen, notice = attention.choose(
+        place.device,
+        place.transformer.dtype,
+        head_dim=place.transformer.config.attention_head_dim,
+    )
+    return replace(settings, execution=replace(settings.execution, attention=chosen)), notice
+
+
+def gelu_in_epilogue(settings: Settings, place: Place) -> tuple[Settings, Notice]:
+    """GELU inside cuBLASLt's matrix product: no pass of its own over the MLP's activations.
+
+    Needs CUDA; has no effect on layers in 8-bit floats.
+    """
+    on = place.device.type == "cuda"
+    return replace(settings, execution=replace(settings.execution, gelu_epilogue=on)), None
+
+
+def float8_linears(settings: Settings, place: Place) -> tuple[Settings, Notice]:
+    """The blocks' matrix products in float8_e4m3, scaled by row, with fast accumulation.
+
+    Needs compute capability 8.9 (Ada) or newer. Embedders, modulation, output layer and attention
+    stay in bfloat16.
+    """
+    if has_float8(place.device):
+        return replace(settings, float8=True), None
+    where = (
+        torch.cuda.get_device_name(place.device)
+        if place.device.type == "cuda"
+        else f"device='{place.device.type}'"
+    )
+    dtype = str(place.transformer.dtype).removeprefix("torch.")
+    return settings, (
+        f"runs in {dtype}, at its speed: {where} has no 8-bit products "
+        "(RTX 40, L4, H100 and newer have)"
+    )
+
+
+def skip_steps(settings: Settings, place: Place) -> tuple[Settings, Notice]:
+    """Denoising steps that would add little are extrapolated from those before.
+
+    Runs anywhere.
+    """
+    return replace(settings, skipping=Skipping()), None
+
+
+LOSSLESS = (
+    Step(fuse_pointwise, lossless=True),
+    Step(fastest_attention, lossless=True),
+    Step(gelu_in_epilogue, lossless=True),
+)
+LEVELS: dict[Acceleration, tuple[Step, ...]] = {
+    "none": LOSSLESS,
+    "regular": (*LOSSLESS, Step(float8_linears, lossless=False)),
+    "high": (
+        *LOSSLESS,
+        Step(float8_linears, lossless=False),
+        Step(skip_steps, lossless=False),
+    ),
+}
+
+
+def settings_of(
+    steps: tuple[Step, ...], device: torch.device, transformer: FluxTransformer
+) -> tuple[Settings, tuple[str, ...]]:
+    """Walk the steps: the settings they make on `device`, and what could not be done there."""
+    settings, notices = Settings(), []
+    for step in steps:
+        settings, notice = step.change(settings, Place(device, transformer))
+        if notice is not None:
+            notices.append(notice)
+    return settings, tuple(notices)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

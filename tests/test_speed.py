@@ -1,0 +1,276 @@
+"""Levels of acceleration, through the pipeline that runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import krea_local
+from krea_local import Cancelled, KreaWarning, OutOfMemory, Txt2ImgRequest, speed, transformer
+from krea_local.kernels import PLAIN
+from krea_local.pipeline import Krea
+from krea_local.skipping import Skipping
+from krea_local.speed import LEVELS, Settings
+from krea_local.transformer import Execution, FluxTransformer
+
+CPU = torch.device("cpu")
+SMALL = {"width": 64, "height": 96}
+
+
+@pytest.fixture
+def fresh(tiny_folder: Path) -> Krea:
+    """A model whose settings a test may change."""
+    return krea_local.load(tiny_folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU emulates 8-bit products, as if it had them."""
+    monkeypatch.setattr(speed, "has_float8", lambda device: True)
+
+
+def latents(krea: Krea, seeds: list[int], **arguments: Any) -> torch.Tensor:
+    request = Txt2ImgRequest.parse({"prompt": "a fox", "num_inference_steps": 12, **arguments})
+    request = krea._with_own_defaults(request)
+    return krea.latents(request, seeds=seeds, width=64, height=96)
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_levels_build_on_one_another_and_only_the_first_is_lossless() -> None:
+    none, regular, high = (LEVELS[level] for level in ("none", "regular", "high"))
+    assert all(step.lossless for step in none)
+    assert [step.name for step in regular[: len(none)]] == [step.name for step in none]
+    assert [step.name for step in high[: len(regular)]] == [step.name for step in regular]
+    assert not any(step.lossless for step in high[len(none) :])
+    for step in high:
+        assert step.what.endswith(".")
+        assert step.measured
+
+
+def test_the_cpu_runs_what_it_can_and_says_what_it_cannot(krea: Krea) -> None:
+    transformer = krea.models.transformer
+    assert speed.settings_of(LEVELS["none"], CPU, transformer) == (Settings(), ())
+    settings, notices = speed.settings_of(LEVELS["high"], CPU, transformer)
+    assert settings == Settings(skipping=Skipping())
+    assert notices == (
+        "runs in float32, at its speed: device='cpu' has no 8-bit products (RTX 40, L4, H100 and "
+        "newer have)",
+    )
+
+
+def test_an_older_gpu_is_named(krea: Krea, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
+    place = speed.Place(torch.device("cuda", 0), krea.models.transformer)
+    settings, notice = speed.float8_linears(Settings(), place)
+    assert not settings.float8
+    assert notice is not None
+    assert "RTX 3090 has no 8-bit products" in notice
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert speed.float8_linears(Settings(), place)[0].float8
+
+
+@pytest.mark.usefixtures("float8")
+def test_regular_runs_in_8_bit_floats_and_none_stays_exact(fresh: Krea, krea: Krea) -> None:
+    exact = latents(fresh, [1])
+    rounded = latents(fresh, [1], acceleration="regular")
+    assert 1e-4 < distance(rounded, exact) < 0.1
+    assert torch.equal(rounded, latents(fresh, [1], acceleration="regular"))
+    assert torch.equal(exact, latents(fresh, [1]))
+    assert torch.equal(exact, latents(krea, [1]))
+
+
+@pytest.mark.usefixtures("float8")
+@pytest.mark.parametrize("offload", ["modulation", "model"])
+def test_offloading_draws_the_same_at_every_level(
+    tiny_folder: Path, fresh: Krea, offload: str
+) -> None:
+    other = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload=offload)
+    for level in ("none", "regular", "high"):
+        wanted = latents(fresh, [1, 2], acceleration=level)
+        assert torch.equal(latents(other, [1, 2], acceleration=level), wanted)
+
+
+def test_offloaded_weights_are_all_there_when_they_are_needed(tiny_folder: Path) -> None:
+    # The meta device stands in for a GPU: a tensor left behind on the CPU would be an error.
+    krea = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload="model")
+    krea.device = torch.device("meta")
+    krea.encode_prompt = lambda prompt: (  # type: ignore[method-assign]
+        torch.empty(1, 512, 32, device="meta"),
+        torch.empty(1, 32, device="meta"),
+        None,
+    )
+    found = latents(krea, [1])
+    assert found.device.type == "meta"
+    transformer = krea.models.transformer
+    assert {p.device.type for p in transformer.parameters()} == {"cpu"}
+
+
+def test_a_level_is_chosen_once(fresh: Krea, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    chosen = speed.settings_of
+    monkeypatch.setattr(
+        speed, "settings_of", lambda *arguments: calls.append(1) or chosen(*arguments)
+    )
+    for _ in range(2):
+        with pytest.warns(KreaWarning, match="'high': runs in float32"):
+            fresh.txt2img(
+                "a fox", image_size=SMALL, num_inference_steps=1, acceleration="high", seed=1
+            )
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("float8")
+def test_high_skips_steps_by_a_pattern(fresh: Krea, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = []
+    fresh.prepare("high")
+    fresh.settings["high"] = Settings(skipping=Skipping(computed=0.5, first_full=2, last_full=1))
+    double = fresh.models.transformer.double_blocks
+    once = transformer._Run.double
+    monkeypatch.setattr(
+        transformer._Run,
+        "double",
+        lambda self, *arguments: blocks.append(1) or once(self, *arguments),
+    )
+    skipped = latents(fresh, [1], acceleration="high")
+    assert len(blocks) == 6 * len(double) + 6  # 12 steps, half of them the first block only
+    full = latents(fresh, [1])
+    assert 0 < distance(skipped, full) < 0.3
+
+
+@pytest.mark.usefixtures("float8")
+def test_a_call_that_is_aborted_does_not_touch_the_next(fresh: Krea) -> None:
+    arguments = {"image_size": SMALL, "num_inference_steps": 12, "acceleration": "high"}
+
+    def stop(progress: krea_local.Progress) -> None:
+        if progress.step == 7:
+            raise Cancelled("enough")
+
+    wanted = fresh.txt2img("a fox", seed=1, **arguments).images[0].tobytes()
+    with pytest.raises(Cancelled):
+        fresh.txt2img("a cat", seed=2, on_step=stop, **arguments)
+    assert fresh.txt2img("a fox", seed=1, **arguments).images[0].tobytes() == wanted
+    # Nor does one image of a call touch another.
+    two = fresh.txt2img("a fox", seed=0, num_images=2, **arguments)
+    assert two.images[1].tobytes() == wanted
+
+
+def test_modulation_is_computed_once_for_all_steps_and_images_of_a_call(
+    fresh: Krea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    condition = FluxTransformer.condition
+
+    def counted(self: FluxTransformer, *arguments: Any, **named: Any) -> object:
+        calls.append(len(named["timesteps"]))
+        return condition(self, *arguments, **named)
+
+    monkeypatch.setattr(FluxTransformer, "condition", counted)
+    arguments = {"image_size": SMALL, "num_inference_steps": 5}
+    fresh.txt2img("a fox", num_images=3, **arguments)
+    assert calls == [5]
+    fresh.txt2img("a fox", seed=9, **arguments)  # the same prompt, size and steps
+    assert calls == [5]
+    for changed in (
+        {"prompt": "a cat"},
+        {"guidance_scale": 2.0},
+        {"num_inference_steps": 4},
+        {"image_size": {"width": 96, "height": 64}},  # as many tokens, elsewhere
+    ):
+        before = len(calls)
+        fresh.txt2img(**{"prompt": "a fox", **arguments, **changed})
+        assert len(calls) == before + 1, changed
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: every way in which Python reads a tensor's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.count += func in (
+            torch.ops.aten.item.default,
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.equal.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("float8")
+@pytest.mark.parametrize(
+    ("acceleration", "skipping", "waits"),
+    [
+        ("none", None, 0),
+        ("regular", None, 0),
+        ("high", Skipping(computed=0.5), 0),
+        ("high", Skipping(threshold=0, first_full=4, last_full=2), 12 - 4 - 2),
+    ],
+)
+def test_the_loop_waits_for_nothing_but_a_thresholds_one_number_a_step(
+    fresh: Krea, acceleration: str, skipping: Skipping | None, waits: int
+) -> None:
+    settings = fresh.prepare(acceleration)
+    fresh.settings[acceleration] = dataclasses.replace(settings, skipping=skipping)
+    latents(fresh, [1], acceleration=acceleration)  # the prompt is encoded, the tables made
+    with Waits() as seen:
+        latents(fresh, [2], acceleration=acceleration)
+    assert seen.count == waits
+
+
+def broken(*arguments: Any, **named: Any) -> Any:
+    raise RuntimeError("PassManager::run failed\nand a long trace")
+
+
+@pytest.mark.usefixtures("float8")
+@pytest.mark.parametrize("level", ["none", "regular", "high"])
+def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
+    fresh: Krea, krea: Krea, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = fresh.prepare(level)
+    kernels = dataclasses.replace(PLAIN, qk_norm_rotary=broken)
+    fresh.settings[level] = dataclasses.replace(settings, execution=Execution(kernels=kernels))
+    arguments = {"image_size": SMALL, "num_inference_steps": 6, "seed": 1, "acceleration": level}
+    with pytest.warns(KreaWarning, match="failed and runs in plain torch from now on, slower: Pa"):
+        drawn = fresh.txt2img("a fox", **arguments)
+    assert "and a long trace" not in drawn.notices[0]
+    plain = krea.txt2img("a fox", **{**arguments, "acceleration": "none"})
+    if level != "high":  # which still skips
+        assert drawn.images[0].tobytes() == plain.images[0].tobytes()
+    assert caplog.text.count("is repeated in plain torch") == 1  # not at every step
+    with pytest.warns(KreaWarning, match="plain torch"):
+        assert fresh.txt2img("a fox", **arguments).images == drawn.images
+
+
+def test_what_fails_in_plain_torch_too_is_an_error(fresh: Krea) -> None:
+    fresh.settings["none"] = Settings(
+        Execution(kernels=dataclasses.replace(PLAIN, qk_norm_rotary=broken))
+    )
+    with torch.no_grad():
+        fresh.models.transformer.img_in = None
+    with pytest.raises(AttributeError):
+        fresh.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
+
+
+def test_running_out_of_memory_is_no_reason_to_repeat(fresh: Krea) -> None:
+    def exhausted(*arguments: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    kernels = dataclasses.replace(PLAIN, qk_norm_rotary=exhausted)
+    fresh.settings["none"] = Settings(Execution(kernels=kernels))
+    with pytest.raises(OutOfMemory, match="offload='modulation'"):
+        fresh.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
+    assert fresh.settings["none"].execution.kernels is kernels
