@@ -36,12 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="tiny", help="tiny, random-12b, a folder or a hub id")
     parser.add_argument("--image-size", default="1024x1024", help="WIDTHxHEIGHT or a preset")
-    parser.add_argument("--steps", type=_positive, default=28)
+    parser.add_argument("--steps", type=positive, default=28)
     parser.add_argument(
-        "--batch", type=_positive, default=1, help="images a call, denoised together"
+        "--batch", type=positive, default=1, help="images a call, denoised together"
     )
     parser.add_argument(
-        "--runs", type=_positive, default=5, help="measured calls, after the first image"
+        "--runs", type=positive, default=5, help="measured calls, after the first image"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one configuration; seconds are medians over `runs` calls."""
-    width, height = _size(options.image_size)
+    width, height = parse_size(options.image_size)
     start = time.perf_counter()
     krea = krea_of(
         options.model,
@@ -80,8 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         acceleration=options.acceleration,
     )
     load_seconds = time.perf_counter() - start
-    if krea.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(krea.device)
+    reset_peak(krea)
     calls = []
     for run in range(options.runs + 1):
         start = time.perf_counter()
@@ -102,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             else "krea_local:diffusers-transformer"
         ),
         "model": krea.label,
-        "device": _device_name(krea),
+        "device": device_name(krea),
         "dtype": str(krea.dtype).removeprefix("torch."),
         "offload": krea.offload,
         "width": result.images[0].width,  # as drawn, which rounding may have changed
@@ -117,7 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
         "first_image_seconds": calls[0][0],
         "load_seconds": load_seconds,
-        "peak_gib": _peak_gib(krea),
+        "peak_gib": peak_gib(krea),
         "versions": versions(),
     }
 
@@ -150,7 +149,8 @@ def table(result: dict[str, Any], dollars_an_hour: float) -> str:
     return "\n".join(f"{name:14} {value}" for name, value in rows)
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of a preset or of WIDTHxHEIGHT."""
     for preset, size in PRESETS.items():
         if text == preset:
             return size
@@ -160,20 +160,28 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of at least 1."""
     number = int(text)
     if number < 1:
         raise ValueError
     return number
 
 
-def _device_name(krea: Krea) -> str:
+def device_name(krea: Krea) -> str:
+    """The GPU's name, or "cpu"."""
     if krea.device.type == "cuda":
         return torch.cuda.get_device_name(krea.device)
     return "cpu"
 
 
-def _peak_gib(krea: Krea) -> float:
+def reset_peak(krea: Krea) -> None:
+    """Begin to look for the peak of the device's memory."""
+    if krea.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(krea.device)
+
+
+def peak_gib(krea: Krea) -> float:
     """Peak memory of the device; on the CPU, of the process."""
     if krea.device.type == "cuda":
         return torch.cuda.max_memory_allocated(krea.device) / GIB

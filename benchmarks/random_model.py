@@ -121,8 +121,8 @@ def random_models(
     )
 
 
-def as_diffusers(transformer: FluxTransformer) -> Any:
-    """The same weights, most of them in the same memory, in diffusers' class."""
+def as_diffusers(transformer: FluxTransformer, dtype: torch.dtype | None = None) -> Any:
+    """The same weights in diffusers' class: most in the same memory, unless in another dtype."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
@@ -132,6 +132,7 @@ def as_diffusers(transformer: FluxTransformer) -> Any:
     config = transformer.config
     table = pieces(config.num_layers, config.num_single_layers)
     state = to_diffusers(transformer.state_dict(), table, config.hidden_size)
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -26,6 +26,7 @@ from krea_local.weights import MODEL_VARIABLE, SAFETY_CHECKER_REPO
 if TYPE_CHECKING:
     import torch
 
+    from krea_local.cluster import Ulysses
     from krea_local.loading import Engine
     from krea_local.pipeline import Krea
     from krea_local.progress import OnStep
@@ -40,11 +41,13 @@ def load(
     offload: str = "none",
     acceleration: str = "none",
     engine: Engine = "native",
+    compile: bool = False,
     safety_checker: str | os.PathLike[str] = SAFETY_CHECKER_REPO,
     safety_threshold: float = THRESHOLD,
     batch_size: int = 1,
     progress: bool = True,
     token: str | None = None,
+    group: Ulysses | None = None,
 ) -> Krea:
     """Read a checkpoint onto the GPU: about 34 GB in bfloat16, 12 B transformer and T5 included.
 
@@ -60,6 +63,9 @@ def load(
         acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
             "regular" multiplies in 8-bit floats, "high" also skips steps; `speed.LEVELS` has all.
         engine: "native" is our transformer; "diffusers" is theirs, slower, to compare with.
+        compile: have torch.compile make the operations between matrix products instead of taking
+            our Triton kernels, which were written for data-centre GPUs; try it on another.
+            Takes its time once (a minute and a half on a CPU), then comes from a cache on disk.
         safety_checker: a folder or hub id. A checkpoint folder's own `safety_checker/` goes first.
             It is read before the first picture that is screened, and fetched only if the model
             itself was named by hub id.
@@ -67,6 +73,8 @@ def load(
         batch_size: images of a call that are denoised together, 1 … 4; see `Krea`.
         progress: show bars on standard error, where that is a terminal.
         token: the hub's access token; by default HF_TOKEN or the one `hf auth login` saved.
+        group: processes, one a GPU, that draw every picture together: `cluster.join()`. Its device
+            is taken then.
 
     Raises:
         WeightsNotFound: a component is missing (weights.md says where to get it).
@@ -96,11 +104,13 @@ def load(
             offload=offload,
             level=level,
             engine=engine,
+            compile=compile,
             safety_checker=safety_checker,
             safety_threshold=safety_threshold,
             batch_size=batch_size,
             progress=progress,
             token=token,
+            group=group,
         )
 
 
@@ -117,11 +127,13 @@ def _load(
     offload: str,
     level: Acceleration,
     engine: Engine,
+    compile: bool,
     safety_checker: str | os.PathLike[str],
     safety_threshold: float,
     batch_size: int,
     progress: bool,
     token: str | None,
+    group: Ulysses | None,
 ) -> Krea:
     import torch
 
@@ -131,7 +143,7 @@ def _load(
     from krea_local.safety import SafetyChecker
 
     offload = memory.check_offload(offload)
-    device = choose_device(device)
+    device = choose_device(device if group is None else group.device)
     dtype = choose_dtype(dtype, device)
     try:
         with weights.hub_bars(show=progress):
@@ -173,6 +185,8 @@ def _load(
         load_safety_checker=load_safety_checker,
         batch_size=batch_size,
         progress=progress,
+        compile=compile,
+        group=group,
     )
     with torch.inference_mode():
         krea.prepare(level)  # compiles kernels, so that the first picture need not

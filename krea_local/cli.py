@@ -46,6 +46,7 @@ from krea_local.schema import (
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from krea_local.cluster import Ulysses
     from krea_local.pipeline import Krea
     from krea_local.result import Result
 
@@ -243,6 +244,11 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
         help='"native" or, slower, "diffusers": whose transformer runs (default: native)',
     )
     group.add_argument(
+        "--compile",
+        action="store_true",
+        help="have torch.compile make what runs between matrix products, not our Triton kernels",
+    )
+    group.add_argument(
         "--safety-checker", metavar="MODEL", help="folder or hub id of another NSFW checker"
     )
     group.add_argument(
@@ -287,7 +293,16 @@ def _generate(parsed: argparse.Namespace) -> int:
         parsed.request.parse({**arguments, **prompt}, text=True)
         for prompt in _prompts(given, arguments)
     ]
-    krea = _load(given, given.get("model", repeat and repeat.model))
+    group = None
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started several of us
+        from krea_local.cluster import join
+
+        group = join(given.get("device", "auto"))
+    first = group is None or group.rank == 0
+    if not first:  # the others help to draw; what there is to say, the first one says
+        given["quiet"] = True
+        warnings.simplefilter("ignore", KreaWarning)
+    krea = _load(given, given.get("model", repeat and repeat.model), group)
     if repeat and repeat.made_with != krea.label:
         warnings.warn(
             f"{given['recipe']} was made with {repeat.made_with}, this is {krea.label}",
@@ -298,24 +313,37 @@ def _generate(parsed: argparse.Namespace) -> int:
     for request in requests:
         try:
             result = krea.run(request)
-            files = target.write(result, only=len(requests) == 1)
-            codes.append(_print(result, files, krea.label, as_json="json" in given))
+            if first:
+                files = target.write(result, only=len(requests) == 1)
+                codes.append(_print(result, files, krea.label, as_json="json" in given))
+            else:
+                codes.append(OK)
         except KreaError as error:
             if len(requests) == 1 or isinstance(error, Cancelled):
                 raise
             codes.append(_report(error, as_json="json" in given))
+    if group is not None:
+        group.leave()
     failed = [code for code in codes if code not in (OK, FILTERED)]
     if failed:
         return failed[0] if len(failed) == len(codes) else SOME_FAILED
     return FILTERED if FILTERED in codes and OK not in codes else OK
 
 
-def _load(given: dict[str, Any], model: str | None) -> Krea:
+def _load(given: dict[str, Any], model: str | None, group: Ulysses | None) -> Krea:
     from krea_local.api import load
 
-    names = ("device", "dtype", "offload", "engine", "safety_checker", "safety_threshold")
+    names = (
+        "device",
+        "dtype",
+        "offload",
+        "engine",
+        "compile",
+        "safety_checker",
+        "safety_threshold",
+    )
     options = {name: given[name] for name in names if name in given}
-    return load(model, progress="quiet" not in given, **options)
+    return load(model, progress="quiet" not in given, group=group, **options)
 
 
 def _print(result: Result, files: list[Path], label: str, *, as_json: bool) -> int:

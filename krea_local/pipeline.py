@@ -69,6 +69,7 @@ from krea_local.skipping import StepCache
 from krea_local.transformer import Conditioning, Execution, FluxTransformer
 
 if TYPE_CHECKING:
+    from krea_local.cluster import Ulysses
     from krea_local.loading import Models
     from krea_local.safety import SafetyChecker
 
@@ -103,6 +104,8 @@ class Krea:
             that a call with its seed makes; more is faster where small images leave the GPU idle,
             but kernels for other batch sizes round differently, and details then differ.
         progress: show a bar on standard error, where that is a terminal.
+        compile: have torch.compile make the fused operations instead of our Triton kernels.
+        group: processes that draw every picture together; see `cluster`.
 
     Attributes:
         settings: how each `acceleration` runs, filled when first asked for; a benchmark may put
@@ -121,6 +124,8 @@ class Krea:
         offload: Offload = "none",
         batch_size: int = 1,
         progress: bool = True,
+        compile: bool = False,
+        group: Ulysses | None = None,
     ) -> None:
         self.models = models
         self.device = device
@@ -132,6 +137,12 @@ class Krea:
         self.offload = offload
         self.batch_size = batch_size
         self.progress = progress
+        self.compile = compile
+        self.group = group
+        if group is not None:
+            if not isinstance(models.transformer, FluxTransformer):
+                raise InvalidRequest("engine='diffusers' does not share an image between processes")
+            group.check(models.transformer.config.num_attention_heads)
         self._load_safety_checker = load_safety_checker
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
@@ -350,8 +361,10 @@ class Krea:
                 self.settings[acceleration] = speed.Settings()
                 if isinstance(transformer, FluxTransformer):
                     steps = speed.LEVELS[acceleration]
-                    settings, notices = speed.settings_of(steps, self.device, transformer)
-                    self.settings[acceleration] = settings
+                    place = speed.Place(self.device, transformer, self.compile)
+                    settings, notices = speed.settings_of(steps, place)
+                    execution = replace(settings.execution, group=self.group)
+                    self.settings[acceleration] = replace(settings, execution=execution)
                     self._notices[acceleration] = tuple(
                         f"acceleration={acceleration!r}: {notice}" for notice in notices
                     )
@@ -386,10 +399,10 @@ class Krea:
             try:
                 return self._step(current, latents, conditioning, step, cache)
             except Exception as error:
-                plain = replace(
-                    current, execution=Execution(group=current.execution.group), float8=False
-                )
-                if is_out_of_memory(error) or current == plain:
+                plain = replace(current, execution=Execution(), float8=False)
+                # Other processes would wait for this one's part of the step that failed.
+                alone = current.execution.group is None
+                if is_out_of_memory(error) or current == plain or not alone:
                     raise
                 # A kernel that cannot do this size: slower, but drawn. If the GPU itself has
                 # failed, so does the second attempt.
@@ -640,7 +653,11 @@ class Krea:
         """`request` with this model's defaults where it names none, and its seed fixed."""
         own = {"guidance_scale": self.guidance_scale, "acceleration": self.acceleration}
         unset = {name: own[name] for name in own if name not in request.model_fields_set}
-        return request.model_copy(update=unset).with_seed()
+        seeded = request.model_copy(update=unset).with_seed()
+        if self.group is None or request.seed is not None:
+            return seeded
+        assert seeded.seed is not None
+        return seeded.model_copy(update={"seed": self.group.agree(seeded.seed)})
 
     def _plan_size(
         self, request: Txt2ImgRequest | Img2ImgRequest

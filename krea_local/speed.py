@@ -39,6 +39,7 @@ class Place:
 
     device: torch.device
     transformer: FluxTransformer
+    compile: bool = False
 
 
 Notice = str | None
@@ -74,7 +75,8 @@ class Step:
 def fuse_pointwise(settings: Settings, place: Place) -> tuple[Settings, Notice]:
     """Norm, modulation, residual, rotary and GELU in Triton kernels, a pass over memory each.
 
-    Needs CUDA and Triton; each kernel is first compared with plain torch on this very GPU.
+    Needs CUDA and Triton, or with `load(..., compile=True)` what torch.compile needs; each kernel
+    is first compared with plain torch on this very device.
     """
     config = place.transformer.config
     chosen, notice = kernels.choose(
@@ -83,6 +85,7 @@ def fuse_pointwise(settings: Settings, place: Place) -> tuple[Settings, Notice]:
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim,
         quantized=has_float8(place.device),
+        compiled=place.compile,
     )
     return replace(settings, execution=replace(settings.execution, kernels=chosen)), notice
 
@@ -153,13 +156,11 @@ LEVELS: dict[Acceleration, tuple[Step, ...]] = {
 }
 
 
-def settings_of(
-    steps: tuple[Step, ...], device: torch.device, transformer: FluxTransformer
-) -> tuple[Settings, tuple[str, ...]]:
-    """Walk the steps: the settings they make on `device`, and what could not be done there."""
+def settings_of(steps: tuple[Step, ...], place: Place) -> tuple[Settings, tuple[str, ...]]:
+    """Walk the steps: the settings they make at `place`, and what could not be done there."""
     settings, notices = Settings(), []
     for step in steps:
-        settings, notice = step.change(settings, Place(device, transformer))
+        settings, notice = step.change(settings, place)
         if notice is not None:
             notices.append(notice)
     return settings, tuple(notices)

@@ -62,10 +62,15 @@ class Group(Protocol):
     def shard(self, tokens: Tensor) -> Tensor:
         """This process's part [B, n, …] of all tokens [B, N, …]."""
 
-    def scatter_heads(self, tokens: Tensor) -> Tensor:
-        """[B, n, H, d] of this process's tokens → [B, N, h, d] of its heads."""
+    def scatter_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, totals: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, n, H, d] of this process's tokens → [B, N, h, d] of its heads, three times.
 
-    def gather_heads(self, tokens: Tensor) -> Tensor:
+        `totals`: how many tokens of text and of image there are in all, N together.
+        """
+
+    def gather_heads(self, tokens: Tensor, totals: tuple[int, ...]) -> Tensor:
         """The way back: [B, N, h, d] → [B, n, H, d]."""
 
     def gather(self, tokens: Tensor, total: int) -> Tensor:
@@ -112,7 +117,8 @@ class Conditioning:
     """What a call's steps have in common.
 
     Attributes:
-        context: the prompt's embedding [L, D].
+        context: the prompt's embedding [L, D], or this process's part of it.
+        text: L, of all processes.
         cos: of the rotary angles, float32 [L + S, d / 2].
         sin: likewise.
         double: modulation of the double blocks, each [T, 2, 6, D]: of text and image, each with
@@ -122,6 +128,7 @@ class Conditioning:
     """
 
     context: Tensor
+    text: int
     cos: Tensor
     sin: Tensor
     double: tuple[Tensor, ...]
@@ -326,12 +333,13 @@ class FluxTransformer(nn.Module):
             vectors(block.modulation.lin, 3).expand(-1, 2, -1, -1) for block in self._singles
         )
         final = vectors(self.final_layer.modulation, 2).expand(-1, 2, -1, -1)
+        text = prompt_embeds.shape[1]
         if group is not None:
             prompt_embeds = group.shard(prompt_embeds)
             txt_ids, img_ids = (group.shard(ids[None])[0] for ids in (txt_ids, img_ids))
         cos, sin = _rotary(torch.cat([txt_ids, img_ids]), self.config.axes_dims_rope)
         context = self.txt_in(prompt_embeds[0])
-        return Conditioning(context, cos, sin, double, single, final)
+        return Conditioning(context, text, cos, sin, double, single, final)
 
     def forward(
         self,
@@ -360,7 +368,7 @@ class FluxTransformer(nn.Module):
         single = [table[step].unbind(1) for table in conditioning.single]
         final = conditioning.final[step].unbind(1)
         norms = [(vectors[0], vectors[1]) for vectors in (*double, *single, final)]
-        run = _Run(self, execution, layout, conditioning)
+        run = _Run(self, execution, layout, conditioning, totals=(conditioning.text, total))
         h = ops.norm_modulate(x, *norms[0], text_rows=layout.text_rows, quantized=self.quantized)
         start = x[image].clone() if cache else x
         rest = None
@@ -395,7 +403,10 @@ class _Run:
         execution: Execution,
         layout: Layout,
         conditioning: Conditioning,
+        *,
+        totals: tuple[int, int],
     ) -> None:
+        self.totals = totals
         self.ops = execution.kernels
         self.execution = execution
         self.layout = layout
@@ -488,8 +499,8 @@ class _Run:
             layout=self.layout,
         )
         if group is not None:
-            joined = self.execution.attention.run(*map(group.scatter_heads, heads))
-            joined = group.gather_heads(joined)
+            joined = self.execution.attention.run(*group.scatter_heads(*heads, self.totals))
+            joined = group.gather_heads(joined, self.totals)
         else:
             joined = self.execution.attention.run(*heads)
         return rows_of(joined.flatten(2), self.layout)

@@ -86,21 +86,23 @@ def test_a_picture_is_drawn_to_the_named_file(
     with Image.open("fox.jpeg") as image:
         assert (image.format, image.size) == ("JPEG", (64, 64))
     assert read_recipe("fox.jpeg")["seed"] == 7
-    assert one_model == [("tiny", {"progress": True})]
+    assert one_model == [("tiny", {"progress": True, "group": None})]
 
 
 def test_options_of_the_model_are_passed_on(one_model: list[Any]) -> None:
     options = ["--device", "cpu", "--dtype", "float32", "--offload", "model", "--engine", "native"]
-    checker = ["--safety-checker", "x", "--safety-threshold", "0.85", "--quiet"]
+    checker = ["--safety-checker", "x", "--safety-threshold", "0.85", "--quiet", "--compile"]
     assert cli.main(["txt2img", "a", *options, *checker, *QUICK]) == 0
     assert one_model[0] == (
         None,
         {
             "progress": False,
+            "group": None,
             "device": "cpu",
             "dtype": "float32",
             "offload": "model",
             "engine": "native",
+            "compile": True,
             "safety_checker": "x",
             "safety_threshold": 0.85,
         },

@@ -16,7 +16,7 @@ FLOORS = [
     {"schema", "recipe", "sampling", "progress", "tiny", "kernels", "attention", "tensor_names"},
     {"images", "weights", "memory", "result", "layers", "vae"},
     {"files", "transformer"},
-    {"loading", "skipping"},
+    {"loading", "skipping", "cluster"},
     {"safety", "text", "speed"},
     {"pipeline"},
     {"api", "info", "repeat"},

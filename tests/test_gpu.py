@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import krea_local
+from krea_local.kernels import distance
+from krea_local.sampling import latent_ids
+from krea_local.speed import LEVELS, Place, Settings, has_float8, settings_of
+from krea_local.transformer import Config, FluxTransformer
 
 pytestmark = pytest.mark.gpu
 SIZE = {"width": 256, "height": 256}
@@ -22,7 +28,7 @@ def on_gpu(tiny_folder: Path) -> krea_local.Krea:
 def test_auto_is_cuda_in_bfloat16(on_gpu: krea_local.Krea) -> None:
     assert on_gpu.device.type == "cuda"
     assert on_gpu.dtype == torch.bfloat16
-    assert on_gpu.models.transformer.device.type == "cuda"
+    assert {p.device.type for p in on_gpu.models.transformer.parameters()} == {"cuda"}
 
 
 def test_the_same_seed_twice_is_bit_equal_and_batches_are_singles(
@@ -87,6 +93,91 @@ def test_the_denoising_loop_never_waits_for_the_gpu(on_gpu: krea_local.Krea) -> 
     assert begun == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("acceleration", ["none", "regular", "high"])
+def test_every_level_runs_on_kernels_and_repeats_itself(
+    on_gpu: krea_local.Krea, acceleration: str
+) -> None:
+    settings = on_gpu.prepare(acceleration)
+    assert settings.execution.kernels.name == "triton"
+    assert settings.execution.gelu_epilogue
+    assert settings.float8 == (acceleration != "none" and has_float8(on_gpu.device))
+    for width, height in ((256, 256), (80, 208), (1024, 64)):
+        arguments = {"image_size": {"width": width, "height": height}, "seed": 5}
+        arguments |= {"num_inference_steps": 10, "acceleration": acceleration}
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", krea_local.KreaWarning
+            )
+            drawn = on_gpu.txt2img("a fox", **arguments)
+            again = on_gpu.txt2img("a fox", **arguments)
+        assert drawn.images[0].tobytes() == again.images[0].tobytes()
+        assert not any("failed" in notice for notice in drawn.notices)
+    assert on_gpu.settings[acceleration] == settings  # nothing fell back
+
+
+def test_modulation_off_the_gpu_draws_the_same_picture_in_less_memory(
+    on_gpu: krea_local.Krea, tiny_folder: Path
+) -> None:
+    other = krea_local.load(tiny_folder, offload="modulation")
+    modulation = [p for layer in other.models.transformer.modulations() for p in layer.parameters()]
+    assert {p.device.type for p in modulation} == {"cpu"}
+    assert all(p.is_pinned() for p in modulation)
+    arguments = {"image_size": SIZE, "seed": 5}
+    wanted = on_gpu.txt2img("a fox", **arguments).images[0].tobytes()
+    assert other.txt2img("a fox", **arguments).images[0].tobytes() == wanted
+
+
+@pytest.fixture(scope="module")
+def wide() -> FluxTransformer:
+    """Two blocks of FLUX.1 at its true width."""
+    config = Config(num_layers=1, num_single_layers=1)
+    with torch.device("cuda"):
+        model = FluxTransformer(config).to(torch.bfloat16).eval().requires_grad_(False)
+    random = torch.Generator("cuda").manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.02, generator=random)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [(32, 32), (7, 9), (64, 64)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_at_true_width_is_as_exact_as_plain_torch(
+    wide: FluxTransformer, tokens: tuple[int, int], batch: int
+) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    random = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16)
+
+    rows, columns = tokens
+    latents, prompt, pooled = draw(batch, rows * columns, 64), draw(1, 512, 4096), draw(1, 768)
+
+    def velocity(settings: Settings, model: FluxTransformer, number: torch.dtype) -> torch.Tensor:
+        conditioning = model.condition(
+            prompt.to(number),
+            pooled.to(number),
+            timesteps=torch.tensor([0.5], device=device, dtype=number),
+            guidance=torch.tensor([4.0], device=device),
+            txt_ids=torch.zeros(512, 3, device=device),
+            img_ids=latent_ids(rows=rows, columns=columns).to(device),
+        )
+        with torch.inference_mode():
+            return model(latents.to(number), conditioning, 0, settings.execution).float()
+
+    exact = velocity(Settings(), copy.deepcopy(wide).float(), torch.float32)
+    plain = distance(velocity(Settings(), wide, torch.bfloat16), exact)
+    place = Place(device, wide)
+    fast, notices = settings_of(LEVELS["none"], place)
+    assert notices == ()
+    assert distance(velocity(fast, wide, torch.bfloat16), exact) < 1.1 * plain
+    if has_float8(device):
+        rounded, _ = settings_of(LEVELS["regular"], place)
+        half = wide.in_float8(rounded.execution.kernels, device)
+        assert distance(velocity(rounded, half, torch.bfloat16), exact) < 0.08
+
+
 def test_running_out_of_memory_is_explained_and_survived(on_gpu: krea_local.Krea) -> None:
     arguments = {"image_size": SIZE, "seed": 5, "num_inference_steps": 2}
     expected = on_gpu.txt2img("a fox", **arguments).images[0].tobytes()
@@ -95,7 +186,7 @@ def test_running_out_of_memory_is_explained_and_survived(on_gpu: krea_local.Krea
     # The limit is on what torch's allocator holds: what it has now, and 2 MiB.
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**21) / total)
     try:
-        with pytest.raises(krea_local.OutOfMemory, match="offload='model'"):
+        with pytest.raises(krea_local.OutOfMemory, match="offload='modulation' or 'model'"):
             on_gpu.txt2img("a fox", image_size={"width": 2048, "height": 2048}, seed=1)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

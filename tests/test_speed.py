@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import krea_local
-from krea_local import Cancelled, KreaWarning, OutOfMemory, Txt2ImgRequest, speed, transformer
+from krea_local import (
+    Cancelled,
+    KreaWarning,
+    OutOfMemory,
+    Txt2ImgRequest,
+    kernels,
+    speed,
+    transformer,
+)
 from krea_local.kernels import PLAIN
 from krea_local.pipeline import Krea
 from krea_local.skipping import Skipping
@@ -57,8 +66,9 @@ def test_levels_build_on_one_another_and_only_the_first_is_lossless() -> None:
 
 def test_the_cpu_runs_what_it_can_and_says_what_it_cannot(krea: Krea) -> None:
     transformer = krea.models.transformer
-    assert speed.settings_of(LEVELS["none"], CPU, transformer) == (Settings(), ())
-    settings, notices = speed.settings_of(LEVELS["high"], CPU, transformer)
+    place = speed.Place(CPU, transformer)
+    assert speed.settings_of(LEVELS["none"], place) == (Settings(), ())
+    settings, notices = speed.settings_of(LEVELS["high"], place)
     assert settings == Settings(skipping=Skipping())
     assert notices == (
         "runs in float32, at its speed: device='cpu' has no 8-bit products (RTX 40, L4, H100 and "
@@ -241,8 +251,8 @@ def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
     fresh: Krea, krea: Krea, level: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = fresh.prepare(level)
-    kernels = dataclasses.replace(PLAIN, qk_norm_rotary=broken)
-    fresh.settings[level] = dataclasses.replace(settings, execution=Execution(kernels=kernels))
+    operations = dataclasses.replace(PLAIN, qk_norm_rotary=broken)
+    fresh.settings[level] = dataclasses.replace(settings, execution=Execution(kernels=operations))
     arguments = {"image_size": SMALL, "num_inference_steps": 6, "seed": 1, "acceleration": level}
     with pytest.warns(KreaWarning, match="failed and runs in plain torch from now on, slower: Pa"):
         drawn = fresh.txt2img("a fox", **arguments)
@@ -269,8 +279,50 @@ def test_running_out_of_memory_is_no_reason_to_repeat(fresh: Krea) -> None:
     def exhausted(*arguments: Any, **named: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
-    kernels = dataclasses.replace(PLAIN, qk_norm_rotary=exhausted)
-    fresh.settings["none"] = Settings(Execution(kernels=kernels))
+    operations = dataclasses.replace(PLAIN, qk_norm_rotary=exhausted)
+    fresh.settings["none"] = Settings(Execution(kernels=operations))
     with pytest.raises(OutOfMemory, match="offload='modulation'"):
         fresh.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
-    assert fresh.settings["none"].execution.kernels is kernels
+    assert fresh.settings["none"].execution.kernels is operations
+
+
+# Of torch.compile's own modules.
+COMPILING = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+
+
+@COMPILING
+def test_torch_compile_makes_an_operation_for_any_number_of_rows() -> None:
+    compiled = kernels.compiled_kernels().norm_modulate
+    for rows in (5, 9):
+        x, vectors = torch.randn(rows, 32), torch.randn(2, 2, 32).unbind(1)
+        wanted = PLAIN.norm_modulate(x, *vectors, text_rows=2)
+        torch.testing.assert_close(compiled(x, *vectors, text_rows=2), wanted)
+
+
+def test_what_torch_compile_cannot_make_runs_in_plain_torch(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        kernels, "compiled_kernels", lambda: dataclasses.replace(PLAIN, gelu=broken)
+    )
+    model = krea_local.load(tiny_folder, device="cpu", dtype="float32", compile=True)
+    assert model.settings["none"] == Settings()
+    with pytest.warns(KreaWarning, match="instead of torch.compile's kernels, slower: PassMan"):
+        model.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
+
+
+@COMPILING
+@pytest.mark.skipif("KREA_LOCAL_SLOW" not in os.environ, reason="KREA_LOCAL_SLOW=1: 90 s")
+def test_torch_compile_makes_the_same_operations_for_every_size(
+    tiny_folder: Path, krea: Krea
+) -> None:
+    compiled = krea_local.load(tiny_folder, device="cpu", dtype="float32", compile=True)
+    assert compiled.settings["none"].execution.kernels.name == "compiled"
+    for width, height in ((64, 96), (128, 64)):
+        request = Txt2ImgRequest.parse({"prompt": "a fox", "num_inference_steps": 3})
+        request = krea._with_own_defaults(request)
+        found, wanted = (
+            model.latents(request, seeds=[1, 2], width=width, height=height)
+            for model in (compiled, krea)
+        )
+        assert distance(found, wanted) < 1e-5

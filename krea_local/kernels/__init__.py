@@ -1,16 +1,21 @@
 """The fused operations between FLUX.1's matrix products, and the choice of who runs them.
 
 Each exists as a Triton kernel, one subject a file, and in plain torch (`fallback.py`), with equal
-signatures. They are memory-bound: what they save is passes over the rows. `choose` checks every
+signatures; torch.compile can also make kernels of the latter, for a GPU that Triton's were not
+written for. They are memory-bound: what they save is passes over the rows. `choose` checks every
 kernel against plain torch on the very GPU before it is used, so that a kernel that fails to compile
 or computes something else there costs speed, never a picture.
+
+Launch parameters follow from the width alone, so there is nothing to tune at run time and a new
+size costs nothing; Triton and torch.compile keep what they compiled on disk.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -28,7 +33,7 @@ logger = logging.getLogger(__name__)
 class Kernels:
     """The fused operations; their signatures are documented in `fallback`."""
 
-    name: Literal["torch", "triton"]
+    name: Literal["torch", "triton", "compiled"]
     norm_modulate: Callable[..., Rows]
     residual_norm_modulate: Callable[..., Rows]
     qk_norm_rotary: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -47,9 +52,15 @@ PLAIN = Kernels(
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, *, heads: int, head_dim: int, quantized: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    head_dim: int,
+    quantized: bool = False,
+    compiled: bool = False,
 ) -> tuple[Kernels, str | None]:
-    """The fastest operations that are right on `device`, and why they are not Triton's, if so.
+    """The fastest operations that are right on `device`, and why they are plain torch's, if so.
 
     Args:
         device: where they will run. Triton is for CUDA; elsewhere plain torch needs no excuse.
@@ -57,16 +68,18 @@ def choose(
         heads: attention heads of the model.
         head_dim: numbers a head.
         quantized: check the variants with 8-bit floats too.
+        compiled: have torch.compile make them, on any device, instead of Triton's own.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" and not compiled:
         return PLAIN, None
     try:
-        kernels = triton_kernels()
+        kernels = compiled_kernels() if compiled else triton_kernels()
         check(kernels, device, dtype, heads=heads, head_dim=head_dim, quantized=quantized)
     except Exception as error:  # a missing compiler, a GPU that Triton does not know, ...
-        logger.warning("Triton kernels are not used: %s", error, exc_info=True)
+        wanted = "torch.compile's" if compiled else "Triton"
+        logger.warning("%s kernels are not used: %s", wanted, error, exc_info=True)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return PLAIN, f"plain torch operations run instead of Triton kernels, slower: {reason}"
+        return PLAIN, f"plain torch operations run instead of {wanted} kernels, slower: {reason}"
     return kernels, None
 
 
@@ -86,6 +99,17 @@ def triton_kernels() -> Kernels:
         gelu=gelu.gelu,
         quantize=gelu.quantize,
     )
+
+
+@functools.cache  # torch.compile keeps what it compiled with the function that it returns
+def compiled_kernels() -> Kernels:
+    """Plain torch, compiled operation by operation for any number of rows."""
+    compiled = {
+        name: torch.compile(getattr(PLAIN, name), dynamic=True, fullgraph=True)
+        for name in (field.name for field in fields(Kernels))
+        if name != "name"
+    }
+    return Kernels(name="compiled", **compiled)
 
 
 def check(

@@ -1,0 +1,497 @@
+"""Ours against everybody else's, in one run on one GPU: `python -m benchmarks.compare`.
+
+Random weights at FLUX.1's true shapes, the same for every engine, from prompt to picture, without a
+safety checker. Measures, in this order: how exact each level is; what the GPU can do at these
+shapes; each of our levels at every size and batch; what each step of the levels brings; the peers
+of `benchmarks.peers`. Every figure is written at once, one JSON object a line, so that a run that
+is cut short loses nothing. Steps are skipped by a fixed pattern, half of them: with random weights
+the changes that a threshold looks at mean nothing.
+
+`python -m benchmarks.plot FILE` draws the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks import ceilings
+from benchmarks.latency import device_name, parse_size, peak_gib, positive, reset_peak
+from benchmarks.peers import PEERS, Draw
+from benchmarks.random_model import as_diffusers, krea_of
+from krea_local.errors import KreaError
+from krea_local.info import versions
+from krea_local.pipeline import Krea
+from krea_local.sampling import latent_ids
+from krea_local.schema import Acceleration, Txt2ImgRequest
+from krea_local.skipping import Skipping
+from krea_local.speed import LEVELS, Place, Settings, settings_of
+from krea_local.transformer import Config, Execution, FluxTransformer
+
+SIZES = ("512x512", "1024x768", "1024x1024", "1280x1280", "2048x2048")
+UNTUNED = ("512x512", "768x1344", "1024x1024", "1280x1280")  # one after the other, never seen
+TEXT_TOKENS = 512
+HALF = Skipping(computed=0.5)
+
+Write = Callable[[dict[str, Any]], None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="random-12b", help="random-12b, tiny, or a folder")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WIDTHxHEIGHT")
+    parser.add_argument("--main-size", default="1024x1024", help="of peers and of the waterfall")
+    parser.add_argument("--batches", nargs="+", type=positive, default=(1, 4))
+    parser.add_argument("--steps", type=positive, default=28)
+    parser.add_argument("--runs", type=positive, default=3, help="measured calls of each engine")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to measure, to split a run (default: all)",
+    )
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        metavar="NAME",
+        help="only these, such as krea_local:none diffusers:eager (default: all)",
+    )
+    parser.add_argument("--ceiling-seconds", type=float, default=5.0, help="each, sustained")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", type=Path, help="file of JSON lines, which must not exist")
+    options = parser.parse_args(arguments)
+    known = {*(f"krea_local:{level}" for level in LEVELS), *(peer.engine for peer in PEERS)}
+    for engine in options.engines or ():
+        if engine not in known:
+            parser.error(f"--engines {engine}: should be one of {', '.join(sorted(known))}")
+    lines: list[dict[str, Any]] = []
+    try:
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.open("x").close()
+        run = Run(options, lines)
+        for part in PARTS:
+            if part in options.parts:
+                PARTS[part](run)
+    except (KreaError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    finally:
+        print(table(lines))
+    return 0
+
+
+class Run:
+    """The models, built once, and where figures go."""
+
+    def __init__(self, options: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
+        self.options = options
+        self.lines = lines
+        start = time.perf_counter()
+        batch = min(4, max(options.batches))
+        self.krea = krea_of(options.model, options.device, options.dtype, "none", batch)
+        self.load_seconds = time.perf_counter() - start
+        self.device = self.krea.device
+        transformer = self.krea.models.transformer
+        assert isinstance(transformer, FluxTransformer)
+        self.transformer = transformer
+        self.main_size = parse_size(options.main_size)
+        self.common = {
+            "model": self.krea.label,
+            "device": device_name(self.krea),
+            "dtype": str(self.krea.dtype).removeprefix("torch."),
+            "offload": "none",
+            "steps": options.steps,
+            "versions": versions(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        self.ceilings: dict[str, Any] = {}
+
+    def wanted(self, engine: str) -> bool:
+        """Whether `engine` is to be measured."""
+        return not self.options.engines or engine in self.options.engines
+
+    def write(self, kind: str, **figures: Any) -> None:
+        """Keep one line, and store it at once."""
+        line = {"kind": kind, **self.common, **figures}
+        self.lines.append(line)
+        print(json.dumps({key: line[key] for key in line if key != "versions"}), flush=True)
+        if self.options.output:
+            with self.options.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def diffusers(self) -> Iterator[Any]:
+        """The models with diffusers' transformer, mostly in the same memory."""
+        models = dataclasses.replace(self.krea.models, transformer=as_diffusers(self.transformer))
+        yield models
+        gc.collect()
+
+    def level(self, acceleration: Acceleration) -> None:
+        """Make a level ready, with its steps skipped by a pattern."""
+        settings = self.krea.prepare(acceleration)
+        if settings.skipping is not None:
+            self.krea.settings[acceleration] = dataclasses.replace(settings, skipping=HALF)
+
+
+def exactness(run: Run) -> None:
+    """Relative L2 error of one forward pass against float32, with the same rounded inputs."""
+    width, height = run.main_size
+    model, device, dtype = run.transformer, run.device, run.krea.dtype
+    rows, columns = (side // run.krea.size_multiple for side in (height, width))
+    random = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    config = model.config
+    latents = draw(1, rows * columns, config.in_channels)
+    prompt_embeds = draw(1, TEXT_TOKENS, config.joint_attention_dim)
+    pooled = draw(1, config.pooled_projection_dim)
+    # Their thousandfold is exact in bfloat16, so that rounding the inputs is not what is compared.
+    timestep, guidance = 0.5, 4.0
+    txt_ids = torch.zeros(TEXT_TOKENS, 3, device=device)
+    img_ids = latent_ids(rows=rows, columns=columns).to(device)
+
+    def theirs(model: Any, number: torch.dtype) -> Tensor:
+        result: Tensor = model(
+            hidden_states=latents.to(number),
+            encoder_hidden_states=prompt_embeds.to(number),
+            pooled_projections=pooled.to(number),
+            timestep=torch.tensor([timestep], device=device),
+            guidance=torch.tensor([guidance], device=device),
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        return result.float()
+
+    def ours(settings: Settings) -> Tensor:
+        variant = run.krea._variant(settings)
+        conditioning = variant.condition(
+            prompt_embeds,
+            pooled,
+            timesteps=torch.tensor([timestep], device=device, dtype=dtype),
+            guidance=torch.tensor([guidance], device=device),
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+        )
+        result: Tensor = variant(latents, conditioning, 0, settings.execution)
+        return result.float()
+
+    with torch.inference_mode():
+        with run.diffusers() as models:
+            found = {"diffusers:eager": theirs(models.transformer, dtype)}
+            exact_model = as_diffusers(run.transformer, torch.float32)
+            reference = theirs(exact_model, torch.float32)
+            del exact_model
+        gc.collect()
+        found["krea_local:plain-torch"] = ours(Settings())
+        for level in ("none", "regular"):
+            settings = run.krea.prepare(level)
+            if level == "none" or settings.float8:
+                found[f"krea_local:{level}"] = ours(settings)
+    size = reference.norm()
+    for engine, velocity in found.items():
+        run.write(
+            "exactness",
+            engine=engine,
+            width=width,
+            height=height,
+            relative_error=float((velocity - reference).norm() / size),
+        )
+
+
+def limits(run: Run) -> None:
+    """What the device can do at the model's shapes."""
+    scale = 1 if run.device.type == "cuda" else 32
+    seconds = run.options.ceiling_seconds
+    run.ceilings = {
+        "gemm_tflops": ceilings.gemm_rates(run.device, seconds, scale=scale),
+        "attention_tflops": ceilings.attention_rates(run.device, min(seconds, 1.0), scale=scale),
+        "copy_gb_per_second": ceilings.copy_rates(run.device, scale=scale),
+    }
+    run.write("ceilings", **run.ceilings)
+
+
+def ours(run: Run) -> None:
+    """Every level at every size and batch, then sizes in a row that it has not seen."""
+    for level in get_args(Acceleration):
+        engine = f"krea_local:{level}"
+        if not run.wanted(engine):
+            continue
+        start = time.perf_counter()
+        run.level(level)
+        prepare_seconds = time.perf_counter() - start
+        draw = krea_draw(run.krea, level)
+        # The main size first: its first image is the one that a newcomer waits for.
+        sizes = sorted(map(parse_size, run.options.sizes), key=lambda size: size != run.main_size)
+        for batch, size in itertools.product(run.options.batches, sizes):
+            figures = measure(run, draw, size, batch)
+            run.write(
+                "latency",
+                engine=engine,
+                prepare_seconds=prepare_seconds,
+                notices=list(run.krea._notices.get(level, ())),
+                settings=described(run.krea.settings[level]),
+                **figures,
+                **run_share(run, figures, level),
+            )
+        for size in map(parse_size, UNTUNED if run.krea.label == "random-12b" else ["64x96"]):
+            run.krea._conditioning = None
+            seconds = [timed(draw, run, size, 1, seed)[0] for seed in range(2)]
+            run.write(
+                "new_size",
+                engine=engine,
+                width=size[0],
+                height=size[1],
+                first_seconds=seconds[0],
+                second_seconds=seconds[1],
+            )
+
+
+def waterfall(run: Run) -> None:
+    """The steps of the last level, one added at a time, at the main size."""
+    krea = run.krea
+    steps = LEVELS["high"]
+    kept = krea.settings.get("none")
+    try:
+        for count in range(len(steps) + 1):
+            settings, _ = settings_of(steps[:count], Place(run.device, run.transformer))
+            if settings.skipping is not None:
+                settings = dataclasses.replace(settings, skipping=HALF)
+            krea.settings["none"] = settings
+            figures = measure(run, krea_draw(krea, "none"), run.main_size, 1)
+            run.write(
+                "waterfall",
+                engine="krea_local",
+                added=steps[count - 1].name if count else "fused projections, tables by step",
+                lossless=all(step.lossless for step in steps[:count]),
+                settings=described(settings),
+                **figures,
+            )
+    finally:
+        krea.settings.pop("none", None)
+        if kept is not None:
+            krea.settings["none"] = kept
+
+
+def peers(run: Run) -> None:
+    """The others, at the main size and every batch."""
+    with run.diffusers() as models:
+        for peer in PEERS:
+            if not run.wanted(peer.engine):
+                continue
+            figures: dict[str, Any] = {"width": run.main_size[0], "height": run.main_size[1]}
+            reason = peer.needs(run.device)
+            if reason is None:
+                try:
+                    with peer.build(models) as draw:
+                        # Compiling for a batch of 4 as well would double the minutes.
+                        compiles = "compile" in peer.engine or "flux-fast" in peer.engine
+                        batches = (1,) if compiles else run.options.batches
+                        for batch in batches:
+                            figures = measure(run, peer_draw(draw), run.main_size, batch)
+                            run.write(
+                                "latency", engine=peer.engine, lossless=peer.lossless, **figures
+                            )
+                    continue
+                except Exception as error:  # one peer that fails is a finding, not the end
+                    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            run.write("latency", engine=peer.engine, failed=reason, **figures)
+
+
+PARTS: dict[str, Callable[[Run], None]] = {
+    "exactness": exactness,
+    "ceilings": limits,
+    "ours": ours,
+    "waterfall": waterfall,
+    "peers": peers,
+}
+
+Timed = Callable[[Run, tuple[int, int], int, int], dict[str, float]]
+"""(run, (width, height), batch, seed) → seconds of each stage known, after drawing."""
+
+
+def krea_draw(krea: Krea, level: Acceleration) -> Timed:
+    """Our pipeline as something to be timed."""
+
+    def draw(run: Run, size: tuple[int, int], batch: int, seed: int) -> dict[str, float]:
+        krea.batch_size = batch
+        request = Txt2ImgRequest.parse(
+            {
+                # A new prompt each time: the cache of prompts would hide the text encoders.
+                "prompt": f"a red fox in fresh snow, number {seed}",
+                "image_size": {"width": size[0], "height": size[1]},
+                "num_inference_steps": run.options.steps,
+                "num_images": batch,
+                "seed": seed,
+                "enable_safety_checker": False,
+                "acceleration": level,
+            }
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a level cannot do here is kept in "notices"
+            result = krea.run(request)
+        assert result.images[0].size == size
+        return dict(result.timings)
+
+    return draw
+
+
+def peer_draw(drawn: Draw) -> Timed:
+    """Another's pipeline as something to be timed."""
+
+    def draw(run: Run, size: tuple[int, int], batch: int, seed: int) -> dict[str, float]:
+        images = drawn(
+            f"a red fox in fresh snow, number {seed}",
+            width=size[0],
+            height=size[1],
+            steps=run.options.steps,
+            seed=seed,
+            guidance_scale=4.5,
+            num_images=batch,
+        )
+        assert [image.size for image in images] == [size] * batch
+        return {}
+
+    return draw
+
+
+def timed(
+    draw: Timed, run: Run, size: tuple[int, int], batch: int, seed: int
+) -> tuple[float, dict[str, float]]:
+    """Seconds of one call, from prompt to pictures, and of its stages."""
+    start = time.perf_counter()
+    stages = draw(run, size, batch, seed)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    return time.perf_counter() - start, stages
+
+
+def measure(run: Run, draw: Timed, size: tuple[int, int], batch: int) -> dict[str, Any]:
+    """First call, then `runs` more; seconds are their median."""
+    reset_peak(run.krea)
+    first, _ = timed(draw, run, size, batch, seed=0)
+    second, _ = timed(draw, run, size, batch, seed=1)  # some engines finish compiling here
+    calls = [timed(draw, run, size, batch, seed=2 + i) for i in range(run.options.runs)]
+    seconds = [call for call, _ in calls]
+    return {
+        "width": size[0],
+        "height": size[1],
+        "batch": batch,
+        "runs": len(calls),
+        "seconds": statistics.median(seconds),
+        "seconds_all": seconds,
+        "stages": {
+            name: statistics.median(stages[name] for _, stages in calls) for name in calls[0][1]
+        },
+        "first_image_seconds": first,
+        "second_image_seconds": second,
+        "load_seconds": run.load_seconds,
+        "peak_gib": peak_gib(run.krea),
+    }
+
+
+def forward_tflop(config: Config, image_tokens: int) -> tuple[float, float]:
+    """One step of one image: (linears, attention), in 10^12 operations."""
+    width, tokens = config.hidden_size, image_tokens + TEXT_TOKENS
+    blocks = config.num_layers + config.num_single_layers
+    linears = (
+        2 * 12 * width**2 * tokens * blocks + 2 * 2 * config.in_channels * width * image_tokens
+    )
+    return linears / 1e12, 4 * tokens**2 * width * blocks / 1e12
+
+
+def run_share(run: Run, figures: dict[str, Any], level: Acceleration) -> dict[str, float]:
+    """Achieved TFLOP/s of the loop, and its share of what the ceilings of this run would allow."""
+    tokens = figures["width"] * figures["height"] // run.krea.size_multiple**2
+    settings = run.krea.settings[level]
+    computed = run.options.steps
+    if settings.skipping is not None:
+        computed -= sum(HALF.pattern(run.options.steps))
+    linears, attended = (
+        work * computed * figures["batch"] for work in forward_tflop(run.transformer.config, tokens)
+    )
+    seconds = figures["stages"]["denoise"]
+    found = {"tflops": (linears + attended) / seconds}
+    gemm = run.ceilings.get("gemm_tflops", {}).get("fp8_rowwise" if settings.float8 else "bf16", {})
+    attention = [
+        rates.get(str(tokens + TEXT_TOKENS))
+        for name, rates in run.ceilings.get("attention_tflops", {}).items()
+        if name not in ("default_is", "fa3_fp8")
+    ]
+    best = [rate for rate in attention if isinstance(rate, float)]
+    rates = [rate for rate in gemm.values() if isinstance(rate, float)]
+    if best and rates and run.device.type == "cuda":
+        floor = linears / statistics.mean(rates) + attended / max(best)
+        found["roofline_share"] = floor / seconds
+    return found
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON."""
+    execution: Execution = settings.execution
+    return {
+        "kernels": execution.kernels.name,
+        "attention": execution.attention.name,
+        "gelu_epilogue": execution.gelu_epilogue,
+        "float8": settings.float8,
+        "skipping": settings.skipping and dataclasses.asdict(settings.skipping),
+    }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The figures for people: seconds, and ratios to diffusers eager of the same run."""
+    rows = [
+        f"{'engine':44} {'size':>9} {'batch':>5} {'s':>8} {'first':>8} {'GiB':>6} {'x eager':>8}"
+    ]
+    eager = {
+        (line["width"], line["height"], line["batch"]): line["seconds"]
+        for line in lines
+        if line["kind"] == "latency" and line["engine"] == "diffusers:eager" and "seconds" in line
+    }
+    for line in lines:
+        size = f"{line['width']}x{line['height']}" if "width" in line else ""
+        if line["kind"] in ("latency", "waterfall") and "seconds" in line:
+            name = line["engine"] + (f" + {line['added']}" if "added" in line else "")
+            base = eager.get((line["width"], line["height"], line["batch"]))
+            ratio = f"{base / line['seconds']:8.2f}" if base else f"{'':>8}"
+            rows.append(
+                f"{name[:44]:44} {size:>9} {line['batch']:5} {line['seconds']:8.3f} "
+                f"{line['first_image_seconds']:8.2f} {line['peak_gib']:6.1f} {ratio}"
+            )
+        elif "failed" in line:
+            rows.append(f"{line['engine'][:44]:44} {size:>9} not measured: {line['failed']}")
+        elif line["kind"] == "exactness":
+            error = f"relative error {line['relative_error']:.2e}"
+            rows.append(f"{line['engine'][:44]:44} {size:>9} {error}")
+        elif line["kind"] == "new_size":
+            rows.append(
+                f"{line['engine'] + ', a new size':44} {size:>9} {'':5} "
+                f"{line['second_seconds']:8.3f} {line['first_seconds']:8.2f}"
+            )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
