@@ -22,6 +22,8 @@ PACKAGES = (
     "safetensors",
     "huggingface_hub",
     "pillow",
+    "triton",
+    "fa3-fwd",
 )
 
 

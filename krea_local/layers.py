@@ -13,35 +13,26 @@ from torch import Tensor, nn
 
 from krea_local.kernels import Quantized, Rows
 
-ALL = slice(None)
-
 
 class Linear(nn.Linear):
     """`nn.Linear` over rows, into a given place."""
 
-    def project(self, x: Rows, out: Tensor | None = None, features: slice = ALL) -> Tensor:
-        """x [R, K] → [R, N], or some of its columns.
+    def project(self, x: Rows, out: Tensor | None = None) -> Tensor:
+        """Plain x [R, K] → [R, N], written to `out` if given.
 
-        Args:
-            x: plain rows.
-            out: where to write [R, N]; rows may have any stride.
-            features: which of the N columns to compute.
+        On CUDA the bias is added within the product only if `out` is contiguous.
         """
         assert isinstance(x, Tensor)
-        result: Tensor = torch.addmm(self.bias[features], x, self.weight[features].t(), out=out)
+        result: Tensor = torch.addmm(self.bias, x, self.weight.t(), out=out)
         return result
 
-    def project_gelu(self, x: Rows, out: Tensor | None = None, features: slice = ALL) -> Tensor:
-        """`project`, then GELU (tanh), in the epilogue of the product: no pass of its own."""
+    def project_gelu(self, x: Rows, out: Tensor) -> Tensor:
+        """`project`, then GELU (tanh), which on CUDA is in the epilogue of the product."""
         assert isinstance(x, Tensor)
-        operation = torch.ops.aten._addmm_activation
-        arguments = (self.bias[features], x, self.weight[features].t())
+        arguments = (self.bias, x, self.weight.t())
         if not x.is_cuda:  # there this operation's GELU is the other one, by erf
-            result = F.gelu(torch.addmm(*arguments), approximate="tanh")
-            return result if out is None else out.copy_(result)
-        if out is None:
-            out = x.new_empty(x.shape[0], arguments[2].shape[1])
-        operation.out(*arguments, use_gelu=True, out=out)
+            return out.copy_(F.gelu(torch.addmm(*arguments), approximate="tanh"))
+        torch.ops.aten._addmm_activation.out(*arguments, use_gelu=True, out=out)
         return out
 
 

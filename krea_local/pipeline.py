@@ -355,7 +355,7 @@ class Krea:
 
     def prepare(self, acceleration: Acceleration) -> speed.Settings:
         """How `acceleration` runs here: chosen, and its kernels compiled, when first asked for."""
-        with self._lock:
+        with self._lock, self._current_device():
             transformer = self.models.transformer
             if acceleration not in self.settings:
                 self.settings[acceleration] = speed.Settings()
@@ -706,6 +706,10 @@ class Krea:
             recipe |= {"image_name": input_image.name, "image_sha256": input_image.sha256}
         return recipe
 
+    def _current_device(self) -> contextlib.AbstractContextManager[object]:
+        """Triton launches on the thread's current GPU, wherever the tensors are."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -723,7 +727,7 @@ class Krea:
     @contextlib.contextmanager
     def _resident(self, *modules: nn.Module) -> Iterator[None]:
         """Have `modules` on the device, and to oneself."""
-        with self._lock:
+        with self._lock, self._current_device():
             if self.offload == "model":
                 with on_device(list(modules), self.device):
                     yield

@@ -104,7 +104,7 @@ def fastest_attention(settings: Settings, place: Place) -> tuple[Settings, Notic
 
 
 def gelu_in_epilogue(settings: Settings, place: Place) -> tuple[Settings, Notice]:
-    """GELU inside cuBLASLt's matrix product: no pass of its own over the MLP's activations.
+    """GELU of the double blocks inside cuBLASLt's matrix product: a pass over memory less.
 
     Needs CUDA; has no effect on layers in 8-bit floats.
     """

@@ -102,7 +102,7 @@ class Execution:
     Attributes:
         kernels: the fused operations.
         attention: one implementation of it.
-        gelu_epilogue: GELU within the matrix product before it, where that is not in 8-bit floats.
+        gelu_epilogue: in double blocks, GELU within the matrix product before it.
         group: other processes that have a part of the tokens each.
     """
 
@@ -473,17 +473,12 @@ class _Run:
         Arguments and result as for `double`, with `vectors` of shift, scale, gate.
         """
         width = x.shape[1]
-        if self.epilogue:
-            wide = x.new_empty(x.shape[0], 5 * width)
-            block.linear1.project_gelu(h, out=wide[:, width:], features=slice(3 * width, None))
-            qkv = block.linear1.project(h, features=slice(0, 3 * width))
-            wide[:, :width] = self.attend(qkv, block.norm, block.norm)
-            y = block.linear2.project(wide)
-        else:
-            fused = block.linear1.project(h)  # [R, 7 D]
-            joined = self.attend(fused[:, : 3 * width], block.norm, block.norm)
-            active = self.ops.gelu(fused[:, 3 * width :], joined, quantized=self.quantized)
-            y = block.linear2.project(active)
+        fused = block.linear1.project(h)  # [R, 7 D]
+        joined = self.attend(fused[:, : 3 * width], block.norm, block.norm)
+        # Not in the product's epilogue: cuBLASLt would have to write beside attention's result, and
+        # torch uses it for contiguous results only.
+        active = self.ops.gelu(fused[:, 3 * width :], joined, quantized=self.quantized)
+        y = block.linear2.project(active)
         return self._close(x, y, vectors[2], after)
 
     def attend(self, qkv: Tensor, text_norm: _QKNorm, image_norm: _QKNorm) -> Tensor:

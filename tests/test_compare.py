@@ -79,6 +79,20 @@ def test_a_peer_that_cannot_run_here_says_why(lines: list[dict[str, Any]]) -> No
     assert "1.00" in text.split("diffusers:eager")[-1]  # of itself
 
 
+def test_every_operation_is_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    from benchmarks import kernels
+
+    options = "--image-tokens 3 --text-tokens 1 --heads 1 --seconds 0"
+    assert kernels.main(options.split()) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    seen = {(one["operation"], one["engine"]) for one in line["operations"]}
+    assert {("gelu", "torch"), ("gelu", "triton"), ("quantize 8-bit", "triton")} <= seen
+    sweeps = {one["parameter"] for one in line["operations"] if one["operation"] == "gelu"}
+    assert sweeps == {None, *(f"NUMBERS_A_THREAD={value}" for value in (16, 32, 64))}
+    assert all(one["microseconds"] > 0 for one in line["operations"])
+
+
 def test_the_plot_is_a_picture(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmarks import plot

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from krea_local.kernels.rows import FLOAT8_MAX, SMALLEST_SCALE, Quantized, Rows
 
+NUMBERS_A_THREAD = 16
+
 
 @triton.jit
 def _kernel(
@@ -95,6 +97,6 @@ def _launch(x: Tensor, before: Tensor | None, *, activate: bool, quantized: bool
         quantized=quantized,
         largest=FLOAT8_MAX,
         smallest_scale=SMALLEST_SCALE,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // (32 * NUMBERS_A_THREAD))),
     )
     return out

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from krea_local.kernels.rows import EPS, FLOAT8_MAX, SMALLEST_SCALE, Quantized, Rows
 
+NUMBERS_A_THREAD = 16
+
 
 @triton.jit
 def _kernel(
@@ -116,6 +118,6 @@ def _launch(
         eps=EPS,
         largest=FLOAT8_MAX,
         smallest_scale=SMALLEST_SCALE,
-        num_warps=min(16, max(1, block // 512)),  # 16 numbers a thread
+        num_warps=min(16, max(1, block // (32 * NUMBERS_A_THREAD))),
     )
     return out

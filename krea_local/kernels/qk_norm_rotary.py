@@ -9,6 +9,8 @@ from torch import Tensor
 
 from krea_local.kernels.rows import EPS, Layout
 
+HEADS_A_PROGRAM = 8
+
 
 @triton.jit
 def _kernel(
@@ -92,7 +94,7 @@ def qk_norm_rotary(
         if alone
         else torch.empty_like(query)
     )
-    block = min(8, triton.next_power_of_2(heads))
+    block = min(HEADS_A_PROGRAM, triton.next_power_of_2(heads))
     _kernel[(layout.rows, triton.cdiv(heads, block))](
         qkv,
         *query_norms,
