@@ -37,7 +37,13 @@ from krea_local.images import (
     pixels_to_images,
     resize,
 )
-from krea_local.memory import Offload, explained_out_of_memory, is_out_of_memory, on_device
+from krea_local.memory import (
+    Footprint,
+    Offload,
+    explained_out_of_memory,
+    is_out_of_memory,
+    on_device,
+)
 from krea_local.progress import Bar, Call, OnStep, Stage
 from krea_local.recipe import with_recipe
 from krea_local.result import Result
@@ -80,9 +86,13 @@ STAGES: dict[type[Txt2ImgRequest | Img2ImgRequest], tuple[Stage, ...]] = {
 logger = logging.getLogger(__name__)
 
 CACHED_PROMPTS = 8  # 4 MB each
+NEEDS = Footprint()
 OUT_OF_MEMORY_ADVICE: dict[Offload, str] = {
-    "none": "load with offload='modulation' or 'model', make the image smaller, or free the GPU",
-    "modulation": "load with offload='model', make the image smaller, or free the GPU",
+    "none": f"load with offload='modulation' or 'model', with which the 12 B model takes about "
+    f"{NEEDS.modulation:.0f} or {NEEDS.model:.0f} GiB at 1 megapixel, make the image smaller, or "
+    "free the GPU",
+    "modulation": f"load with offload='model', with which the 12 B model takes about "
+    f"{NEEDS.model:.0f} GiB at 1 megapixel, make the image smaller, or free the GPU",
     "model": "make the image smaller, or free the GPU",
 }
 
@@ -148,6 +158,7 @@ class Krea:
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
         self.settings: dict[Acceleration, speed.Settings] = {}
         self._notices: dict[Acceleration, tuple[str, ...]] = {}
+        self._said: set[str] = set()
         self._float8: FluxTransformer | None = None
         self._conditioning: tuple[tuple[object, ...], Conditioning] | None = None  # the last one
         self._lock = threading.RLock()  # held while the models work
@@ -256,7 +267,12 @@ class Krea:
             finally:
                 with self._switch:
                     self._running = None
+        # What a level cannot do here is in every result's notices, but said aloud once.
+        ever = set(self._notices.get(request.acceleration, ()))
         for notice in result.notices:
+            if notice in self._said:
+                continue
+            self._said |= {notice} & ever
             warnings.warn(notice, KreaWarning, stacklevel=stacklevel)
         return result
 

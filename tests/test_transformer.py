@@ -177,6 +177,44 @@ def test_the_same_twice_is_the_same_bit_for_bit_and_inputs_are_left_alone() -> N
     assert all(torch.equal(*pair) for pair in zip(copies, tables, strict=True))
 
 
+class Recorder:
+    """A cache that spares nothing, or what it is told."""
+
+    def __init__(self, spared: torch.Tensor | None = None) -> None:
+        self.spared = spared
+        self.first: list[torch.Tensor] = []
+        self.rest: list[torch.Tensor] = []
+
+    def skip(self, step: int, first: torch.Tensor) -> torch.Tensor | None:
+        self.first.append(first)
+        return self.spared
+
+    def keep(self, step: int, rest: torch.Tensor) -> None:
+        self.rest.append(rest)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_cache_sees_what_blocks_add_and_can_spare_all_but_the_first(quantized: bool) -> None:
+    ours, _ = make()
+    if quantized:
+        ours = ours.in_float8(PLAIN, torch.device("cpu"))
+    inputs = Inputs()
+    conditioning = inputs.condition(ours)
+    wanted = ours(inputs.latents, conditioning, 1)
+    watching = Recorder()
+    assert torch.equal(ours(inputs.latents, conditioning, 1, cache=watching), wanted)
+    (first,), (rest,) = watching.first, watching.rest
+    assert first.shape == rest.shape == (2 * 12, 64)
+    # Told what the other blocks will add, the first block alone gives the same.
+    told = Recorder(rest)
+    assert distance(ours(inputs.latents, conditioning, 1, cache=told), wanted) < 1e-5
+    assert told.rest == []
+    assert torch.equal(told.first[0], first)
+    # Without the first block's part the sum would be another.
+    assert distance(first, torch.zeros_like(first) + rest) > 0.1
+    assert first.norm() > 0.1 * inputs.latents.norm()
+
+
 def test_a_step_needs_no_modulation_weights() -> None:
     ours, _ = make()
     inputs = Inputs()
