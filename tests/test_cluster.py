@@ -66,6 +66,7 @@ sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!
 import dataclasses, torch
 from krea_local import cluster
 from krea_local.errors import InvalidRequest
+from krea_local.skipping import Skipping, StepCache
 from krea_local.transformer import Execution
 from test_transformer import Inputs, distance, make
 
@@ -82,6 +83,13 @@ for batch, text, rows, columns in ((1, 4, 2, 2), (1, 5, 3, 3), (2, 3, 1, 5), (3,
     found = ours(inputs.latents, shared, 1, Execution(group=group))
     assert distance(found, wanted) < 1e-5, distance(found, wanted)
     print("the same", flush=True)
+for threshold, skips in ((0.1, False), (0.2, True)):
+    # The first process saw no change, the second 30 %: they decide alike, by the mean.
+    skipping = Skipping(threshold=threshold, first_full=1, last_full=0)
+    cache = StepCache(skipping, torch.linspace(1, 0, 4), group)
+    assert cache.skip(0, torch.ones(2, 3)) is None
+    cache.keep(0, torch.ones(2, 3))
+    assert (cache.skip(1, torch.ones(2, 3) + 0.3 * group.rank) is not None) == skips
 try:
     group.check(3)
 except InvalidRequest as error:

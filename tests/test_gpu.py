@@ -105,9 +105,7 @@ def test_every_level_runs_on_kernels_and_repeats_itself(
         arguments = {"image_size": {"width": width, "height": height}, "seed": 5}
         arguments |= {"num_inference_steps": 10, "acceleration": acceleration}
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", krea_local.KreaWarning
-            )
+            warnings.simplefilter("ignore", krea_local.KreaWarning)
             drawn = on_gpu.txt2img("a fox", **arguments)
             again = on_gpu.txt2img("a fox", **arguments)
         assert drawn.images[0].tobytes() == again.images[0].tobytes()

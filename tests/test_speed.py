@@ -195,6 +195,7 @@ def test_modulation_is_computed_once_for_all_steps_and_images_of_a_call(
         {"num_inference_steps": 4},
         {"image_size": {"width": 96, "height": 64}},  # as many tokens, elsewhere
     ):
+        fresh.txt2img("a fox", **arguments)
         before = len(calls)
         fresh.txt2img(**{"prompt": "a fox", **arguments, **changed})
         assert len(calls) == before + 1, changed
