@@ -33,6 +33,7 @@ from benchmarks import ceilings
 from benchmarks.latency import device_name, parse_size, peak_gib, positive, reset_peak
 from benchmarks.peers import PEERS, Draw
 from benchmarks.random_model import as_diffusers, krea_of
+from krea_local.engine import Engine
 from krea_local.errors import KreaError
 from krea_local.info import versions
 from krea_local.pipeline import Krea
@@ -114,6 +115,8 @@ class Run:
         transformer = self.krea.models.transformer
         assert isinstance(transformer, FluxTransformer)
         self.transformer = transformer
+        assert isinstance(self.krea.engine, Engine)
+        self.engine = self.krea.engine
         self.main_size = parse_size(options.main_size)
         self.common = {
             "model": self.krea.label,
@@ -150,7 +153,7 @@ class Run:
         """Make a level ready, with its steps skipped by a pattern."""
         settings = self.krea.prepare(acceleration)
         if settings.skipping is not None:
-            self.krea.settings[acceleration] = dataclasses.replace(settings, skipping=HALF)
+            self.krea.engine.settings[acceleration] = dataclasses.replace(settings, skipping=HALF)
 
 
 def exactness(run: Run) -> None:
@@ -186,7 +189,7 @@ def exactness(run: Run) -> None:
         return result.float()
 
     def ours(settings: Settings) -> Tensor:
-        variant = run.krea._variant(settings)
+        variant = run.engine.variant(settings)
         conditioning = variant.condition(
             prompt_embeds,
             pooled,
@@ -251,13 +254,13 @@ def ours(run: Run) -> None:
                 "latency",
                 engine=engine,
                 prepare_seconds=prepare_seconds,
-                notices=list(run.krea._notices.get(level, ())),
-                settings=described(run.krea.settings[level]),
+                notices=list(run.engine.notices.get(level, ())),
+                settings=described(run.krea.engine.settings[level]),
                 **figures,
                 **run_share(run, figures, level),
             )
         for size in map(parse_size, UNTUNED if run.krea.label == "random-12b" else ["64x96"]):
-            run.krea._conditioning = None
+            run.engine.forget()
             seconds = [timed(draw, run, size, 1, seed)[0] for seed in range(2)]
             run.write(
                 "new_size",
@@ -273,13 +276,13 @@ def waterfall(run: Run) -> None:
     """The steps of the last level, one added at a time, at the main size."""
     krea = run.krea
     steps = LEVELS["high"]
-    kept = krea.settings.get("none")
+    kept = krea.engine.settings.get("none")
     try:
         for count in range(len(steps) + 1):
             settings, _ = settings_of(steps[:count], Place(run.device, run.transformer))
             if settings.skipping is not None:
                 settings = dataclasses.replace(settings, skipping=HALF)
-            krea.settings["none"] = settings
+            krea.engine.settings["none"] = settings
             figures = measure(run, krea_draw(krea, "none"), run.main_size, 1)
             run.write(
                 "waterfall",
@@ -290,9 +293,9 @@ def waterfall(run: Run) -> None:
                 **figures,
             )
     finally:
-        krea.settings.pop("none", None)
+        krea.engine.settings.pop("none", None)
         if kept is not None:
-            krea.settings["none"] = kept
+            krea.engine.settings["none"] = kept
 
 
 def peers(run: Run) -> None:
@@ -425,7 +428,7 @@ def forward_tflop(config: Config, image_tokens: int) -> tuple[float, float]:
 def run_share(run: Run, figures: dict[str, Any], level: Acceleration) -> dict[str, float]:
     """Achieved TFLOP/s of the loop, and its share of what the ceilings of this run would allow."""
     tokens = figures["width"] * figures["height"] // run.krea.size_multiple**2
-    settings = run.krea.settings[level]
+    settings = run.krea.engine.settings[level]
     computed = run.options.steps
     if settings.skipping is not None:
         computed -= sum(HALF.pattern(run.options.steps))

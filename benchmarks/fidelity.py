@@ -32,7 +32,7 @@ from benchmarks.latency import device_name, parse_size, positive
 from benchmarks.metrics import TITLES, Metric, find_metrics
 from benchmarks.random_model import krea_of
 from benchmarks.sheet import columns, contact_sheet, cut, short
-from krea_local import pipeline, speed
+from krea_local import engine, speed
 from krea_local.api import choose_device
 from krea_local.errors import (
     InvalidRequest,
@@ -319,7 +319,7 @@ def recorded_caches() -> Iterator[list[StepCache]]:
             super().__init__(*arguments)
             made.append(self)
 
-    with mock.patch.object(pipeline, "StepCache", Recorded):
+    with mock.patch.object(engine, "StepCache", Recorded):
         yield made
 
 

@@ -20,7 +20,7 @@ import torch
 from benchmarks.random_model import krea_of
 from krea_local.errors import InvalidRequest, KreaError
 from krea_local.info import versions
-from krea_local.loading import Engine
+from krea_local.loading import EngineName
 from krea_local.pipeline import Krea
 from krea_local.schema import PRESETS, Acceleration
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--offload", default="none")
     parser.add_argument("--acceleration", default="none", choices=get_args(Acceleration))
-    parser.add_argument("--engine", default="native", choices=get_args(Engine))
+    parser.add_argument("--engine", default="native", choices=get_args(EngineName))
     parser.add_argument(
         "--gpu-price", type=float, default=3.0, help="dollars an hour, for the cost"
     )

@@ -14,7 +14,7 @@ import torch
 import krea_local
 from krea_local import weights
 from krea_local.api import choose_device, choose_dtype
-from krea_local.loading import Engine, Models, load_tokenizer
+from krea_local.loading import EngineName, Models, load_tokenizer
 from krea_local.memory import check_offload
 from krea_local.pipeline import Krea
 from krea_local.safety import SafetyChecker
@@ -91,7 +91,11 @@ def build(name: str) -> Any:
 
 
 def random_models(
-    device: torch.device, dtype: torch.dtype, *, engine: Engine = "native", offload: str = "none"
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    engine: EngineName = "native",
+    offload: str = "none",
 ) -> Models:
     """All components with weights N(0, 0.02); norms and biases as a fresh model has them."""
     from accelerate import init_empty_weights
@@ -161,7 +165,7 @@ def krea_of(
     offload: str,
     batch_size: int,
     *,
-    engine: Engine = "native",
+    engine: EngineName = "native",
     acceleration: Acceleration = "none",
 ) -> Krea:
     """A Krea for a benchmark: "random-12b", or anything that `krea_local.load` takes."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from krea_local.cluster import Ulysses
-    from krea_local.loading import Engine
+    from krea_local.loading import EngineName
     from krea_local.pipeline import Krea
     from krea_local.progress import OnStep
     from krea_local.result import Result
@@ -40,7 +40,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     offload: str = "none",
     acceleration: str = "none",
-    engine: Engine = "native",
+    engine: EngineName = "native",
     compile: bool = False,
     safety_checker: str | os.PathLike[str] = SAFETY_CHECKER_REPO,
     safety_threshold: float = THRESHOLD,
@@ -126,7 +126,7 @@ def _load(
     dtype: str | torch.dtype,
     offload: str,
     level: Acceleration,
-    engine: Engine,
+    engine: EngineName,
     compile: bool,
     safety_checker: str | os.PathLike[str],
     safety_threshold: float,

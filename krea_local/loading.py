@@ -40,7 +40,7 @@ HARMLESS_TENSORS = (
 
 MIN_MERGES = 10  # CLIP's has 48,894
 
-Engine = Literal["native", "diffusers"]
+EngineName = Literal["native", "diffusers"]
 """`native`: our transformer, fused and fast. `diffusers`: theirs, to compare with."""
 
 OnBytes = Callable[[str, int], None]
@@ -66,7 +66,7 @@ def load_models(
     dtype: torch.dtype,
     device: torch.device,
     modulation_device: torch.device | None = None,
-    engine: Engine = "native",
+    engine: EngineName = "native",
     on_bytes: OnBytes | None = None,
 ) -> Models:
     """Read a checkpoint, which `check_layout` has seen, onto `device`.

@@ -7,14 +7,12 @@ nothing is left behind when it fails or is cancelled. Knows nothing of where wei
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from krea_local import speed, text, vae
 from krea_local._version import __version__
+from krea_local.engine import DiffusersEngine, Engine, Task
 from krea_local.errors import (
     GenerationFailed,
     InvalidImage,
@@ -41,20 +40,16 @@ from krea_local.memory import (
     Footprint,
     Offload,
     explained_out_of_memory,
-    is_out_of_memory,
     on_device,
 )
 from krea_local.progress import Bar, Call, OnStep, Stage
 from krea_local.recipe import with_recipe
 from krea_local.result import Result
 from krea_local.sampling import (
-    Velocity,
     add_noise,
     denoise,
     draw_noise,
     flow_sigmas,
-    latent_ids,
-    model_timestep,
     pack,
     steps_to_run,
     unpack,
@@ -71,8 +66,7 @@ from krea_local.schema import (
     documented,
     fit_input_size,
 )
-from krea_local.skipping import StepCache
-from krea_local.transformer import Conditioning, Execution, FluxTransformer
+from krea_local.transformer import FluxTransformer
 
 if TYPE_CHECKING:
     from krea_local.cluster import Ulysses
@@ -83,8 +77,6 @@ STAGES: dict[type[Txt2ImgRequest | Img2ImgRequest], tuple[Stage, ...]] = {
     Txt2ImgRequest: ("text", "denoise", "decode", "safety"),
     Img2ImgRequest: ("text", "encode", "denoise", "decode", "safety"),
 }
-logger = logging.getLogger(__name__)
-
 CACHED_PROMPTS = 8  # 4 MB each
 NEEDS = Footprint()
 OUT_OF_MEMORY_ADVICE: dict[Offload, str] = {
@@ -118,8 +110,7 @@ class Krea:
         group: processes that draw every picture together; see `cluster`.
 
     Attributes:
-        settings: how each `acceleration` runs, filled when first asked for; a benchmark may put
-            its own there.
+        engine: runs the transformer; `engine.settings` tells how each `acceleration` runs.
     """
 
     def __init__(
@@ -147,20 +138,24 @@ class Krea:
         self.offload = offload
         self.batch_size = batch_size
         self.progress = progress
-        self.compile = compile
         self.group = group
-        if group is not None:
-            if not isinstance(models.transformer, FluxTransformer):
-                raise InvalidRequest("engine='diffusers' does not share an image between processes")
-            group.check(models.transformer.config.num_attention_heads)
+        self.engine: Engine | DiffusersEngine
+        if isinstance(models.transformer, FluxTransformer):
+            self.engine = Engine(
+                models.transformer,
+                device=device,
+                resident=self._resident if offload == "model" else None,
+                compile=compile,
+                group=group,
+            )
+        elif group is None:
+            self.engine = DiffusersEngine(models.transformer, device=device)
+        else:
+            raise InvalidRequest("engine='diffusers' does not share an image between processes")
         self._load_safety_checker = load_safety_checker
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
-        self.settings: dict[Acceleration, speed.Settings] = {}
-        self._notices: dict[Acceleration, tuple[str, ...]] = {}
         self._said: set[str] = set()
-        self._float8: FluxTransformer | None = None
-        self._conditioning: tuple[tuple[object, ...], Conditioning] | None = None  # the last one
         self._lock = threading.RLock()  # held while the models work
         self._running: threading.Thread | None = None
         self._cancelled = threading.Event()
@@ -268,7 +263,7 @@ class Krea:
                 with self._switch:
                     self._running = None
         # What a level cannot do here is in every result's notices, but said aloud once.
-        ever = set(self._notices.get(request.acceleration, ()))
+        ever = set(self.engine.notices.get(request.acceleration, ()))
         for notice in result.notices:
             if notice in self._said:
                 continue
@@ -365,154 +360,25 @@ class Krea:
             assert isinstance(request, Img2ImgRequest)
             sigmas = sigmas[steps - steps_to_run(steps, request.strength) :]
             latent_map = add_noise(clean, latent_map, sigmas[0])
-        with self._resident_transformer(request.acceleration):
-            velocity = self._velocity(request, sigmas, batch=len(seeds), rows=rows, columns=columns)
+        prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
+        assert request.guidance_scale is not None
+        task = Task(
+            prompt_embeds,
+            pooled_prompt_embeds,
+            guidance_scale=float(request.guidance_scale),
+            sigmas=sigmas,
+            batch=len(seeds),
+            rows=rows,
+            columns=columns,
+        )
+        with self._lock, self._resident(*self._transformer_modules(request.acceleration)):
+            velocity = self.engine.velocity(request.acceleration, task)
             return denoise(velocity, pack(latent_map), sigmas, on_step)
 
     def prepare(self, acceleration: Acceleration) -> speed.Settings:
         """How `acceleration` runs here: chosen, and its kernels compiled, when first asked for."""
         with self._lock, self._current_device():
-            transformer = self.models.transformer
-            if acceleration not in self.settings:
-                self.settings[acceleration] = speed.Settings()
-                if isinstance(transformer, FluxTransformer):
-                    steps = speed.LEVELS[acceleration]
-                    place = speed.Place(self.device, transformer, self.compile)
-                    settings, notices = speed.settings_of(steps, place)
-                    execution = replace(settings.execution, group=self.group)
-                    self.settings[acceleration] = replace(settings, execution=execution)
-                    self._notices[acceleration] = tuple(
-                        f"acceleration={acceleration!r}: {notice}" for notice in notices
-                    )
-                elif acceleration != "none":
-                    notice = f"acceleration={acceleration!r} is run as 'none' by engine='diffusers'"
-                    self._notices[acceleration] = (notice,)
-            return self.settings[acceleration]
-
-    def _velocity(
-        self,
-        request: Txt2ImgRequest | Img2ImgRequest,
-        sigmas: Tensor,
-        *,
-        batch: int,
-        rows: int,
-        columns: int,
-    ) -> Velocity:
-        """The transformer as a function of latents and step."""
-        transformer = self.models.transformer
-        if not isinstance(transformer, FluxTransformer):
-            return self._diffusers_velocity(
-                request, sigmas, batch=batch, rows=rows, columns=columns
-            )
-        settings = self.prepare(request.acceleration)
-        cache = None
-        if settings.skipping is not None:
-            cache = StepCache(settings.skipping, sigmas, settings.execution.group)
-        conditioning = self._condition(request, sigmas, rows=rows, columns=columns)
-
-        def velocity(latents: Tensor, step: int) -> Tensor:
-            current = self.settings[request.acceleration]
-            try:
-                return self._step(current, latents, conditioning, step, cache)
-            except Exception as error:
-                plain = replace(current, execution=Execution(), float8=False)
-                # Other processes would wait for this one's part of the step that failed.
-                alone = current.execution.group is None
-                if is_out_of_memory(error) or current == plain or not alone:
-                    raise
-                # A kernel that cannot do this size: slower, but drawn. If the GPU itself has
-                # failed, so does the second attempt.
-                logger.warning("step %d failed and is repeated in plain torch", step, exc_info=True)
-                result = self._step(plain, latents, conditioning, step, cache)
-                self.settings[request.acceleration] = plain
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                self._notices[request.acceleration] = (
-                    f"acceleration={request.acceleration!r} failed and runs in plain torch from "
-                    f"now on, slower: {reason}",
-                )
-                return result
-
-        return velocity
-
-    def _step(
-        self,
-        settings: speed.Settings,
-        latents: Tensor,
-        conditioning: Conditioning,
-        step: int,
-        cache: StepCache | None,
-    ) -> Tensor:
-        model = self._variant(settings)
-        with self._resident(*model.step_modules()) if self.offload == "model" else nullcontext():
-            velocity: Tensor = model(latents, conditioning, step, settings.execution, cache)
-        return velocity
-
-    def _variant(self, settings: speed.Settings) -> FluxTransformer:
-        """The transformer, or itself in 8-bit floats, which is made when first asked for."""
-        transformer = self.models.transformer
-        assert isinstance(transformer, FluxTransformer)
-        if not settings.float8:
-            return transformer
-        if self._float8 is None:
-            self._float8 = transformer.in_float8(settings.execution.kernels, self.device)
-        return self._float8
-
-    def _condition(
-        self, request: Txt2ImgRequest | Img2ImgRequest, sigmas: Tensor, *, rows: int, columns: int
-    ) -> Conditioning:
-        """What the steps have in common; that of the last call is kept, 60 MB."""
-        settings = self.prepare(request.acceleration)
-        group = settings.execution.group
-        key = (request.prompt, request.guidance_scale, *sigmas.tolist(), rows, columns, group)
-        if self._conditioning is None or self._conditioning[0] != key:
-            self._conditioning = None  # two need not be there at once
-            prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
-            conditioning = self._variant(settings).condition(
-                prompt_embeds,
-                pooled_prompt_embeds,
-                timesteps=model_timestep(sigmas[:-1], self.dtype).to(self.device),
-                guidance=torch.tensor([float(request.guidance_scale)], device=self.device),
-                txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=self.device),
-                img_ids=latent_ids(rows=rows, columns=columns).to(self.device),
-                group=group,
-            )
-            self._conditioning = key, conditioning
-        return self._conditioning[1]
-
-    def _diffusers_velocity(
-        self,
-        request: Txt2ImgRequest | Img2ImgRequest,
-        sigmas: Tensor,
-        *,
-        batch: int,
-        rows: int,
-        columns: int,
-    ) -> Velocity:
-        """diffusers' transformer as a function of latents and step."""
-        prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
-        # Copies, not views: a batch of stride 0 takes another matmul path, which rounds otherwise.
-        prompt_embeds = prompt_embeds.repeat(batch, 1, 1)
-        pooled_prompt_embeds = pooled_prompt_embeds.repeat(batch, 1)
-        guidance = torch.full((batch,), float(request.guidance_scale), device=self.device)
-        txt_ids = torch.zeros(prompt_embeds.shape[1], 3, device=self.device)
-        img_ids = latent_ids(rows=rows, columns=columns).to(self.device)
-        timesteps = model_timestep(sigmas, self.dtype).to(self.device)
-        transformer = self.models.transformer
-
-        def velocity(latents: Tensor, step: int) -> Tensor:
-            predicted: Tensor = transformer(
-                hidden_states=latents,
-                timestep=timesteps[step].expand(batch),
-                guidance=guidance,
-                pooled_projections=pooled_prompt_embeds,
-                encoder_hidden_states=prompt_embeds,
-                txt_ids=txt_ids,
-                img_ids=img_ids,
-                return_dict=False,
-            )[0]
-            return predicted
-
-        return velocity
+            return self.engine.prepare(acceleration)
 
     def _run(
         self,
@@ -608,7 +474,8 @@ class Krea:
         assert request.seed is not None
         seeds = [request.seed + i for i in range(request.num_images)]
         batches = []
-        with call.stage("denoise"), self._resident_transformer(request.acceleration):
+        modules = self._transformer_modules(request.acceleration)
+        with call.stage("denoise"), self._resident(*modules):
             for first in range(0, len(seeds), self.batch_size):
                 batch = seeds[first : first + self.batch_size]
 
@@ -630,7 +497,7 @@ class Krea:
                 )
             latents = torch.cat(batches)
             self._refuse_nan(latents, request)  # waits for the GPU, once, after the loop
-        call.notices.extend(self._notices.get(request.acceleration, ()))
+        call.notices.extend(self.engine.notices.get(request.acceleration, ()))
         return latents
 
     def _refuse_nan(self, tensor: Tensor, request: Txt2ImgRequest | Img2ImgRequest) -> None:
@@ -730,15 +597,10 @@ class Krea:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _resident_transformer(
-        self, acceleration: Acceleration
-    ) -> contextlib.AbstractContextManager[None]:
-        """Have on the device what the steps of a call need."""
-        settings = self.prepare(acceleration)
-        transformer = self.models.transformer
-        if not isinstance(transformer, FluxTransformer):
-            return self._resident(transformer)
-        return self._resident(*self._variant(settings).step_modules())
+    def _transformer_modules(self, acceleration: Acceleration) -> list[nn.Module]:
+        """What has to be on the device for the steps of a call."""
+        with self._lock, self._current_device():
+            return self.engine.modules(acceleration)
 
     @contextlib.contextmanager
     def _resident(self, *modules: nn.Module) -> Iterator[None]:

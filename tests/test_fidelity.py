@@ -285,12 +285,12 @@ def test_levels_take_turns_in_going_first_and_have_the_same_seeds(
 
 
 def test_the_pipelines_step_cache_is_put_back() -> None:
-    from krea_local import pipeline
+    from krea_local import engine
 
     with fidelity.recorded_caches() as caches:
-        cache = pipeline.StepCache(Skipping(), torch.linspace(1, 0, 5))
+        cache = engine.StepCache(Skipping(), torch.linspace(1, 0, 5))
     assert caches == [cache]
-    assert pipeline.StepCache is StepCache
+    assert engine.StepCache is StepCache
 
 
 def test_a_prompts_file_has_one_a_line_and_comments(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ FLOORS = [
     {"files", "transformer"},
     {"loading", "skipping", "cluster"},
     {"safety", "text", "speed"},
+    {"engine"},
     {"pipeline"},
     {"api", "info", "repeat"},
     {"cli", "__init__"},

@@ -110,7 +110,7 @@ def test_every_level_runs_on_kernels_and_repeats_itself(
             again = on_gpu.txt2img("a fox", **arguments)
         assert drawn.images[0].tobytes() == again.images[0].tobytes()
         assert not any("failed" in notice for notice in drawn.notices)
-    assert on_gpu.settings[acceleration] == settings  # nothing fell back
+    assert on_gpu.engine.settings[acceleration] == settings  # nothing fell back
 
 
 def test_modulation_off_the_gpu_draws_the_same_picture_in_less_memory(

@@ -17,6 +17,7 @@ from krea_local import (
     KreaWarning,
     OutOfMemory,
     Txt2ImgRequest,
+    cluster,
     kernels,
     speed,
     transformer,
@@ -112,7 +113,7 @@ def test_offloading_draws_the_same_at_every_level(
 def test_offloaded_weights_are_all_there_when_they_are_needed(tiny_folder: Path) -> None:
     # The meta device stands in for a GPU: a tensor left behind on the CPU would be an error.
     krea = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload="model")
-    krea.device = torch.device("meta")
+    krea.device = krea.engine.device = torch.device("meta")
     krea.encode_prompt = lambda prompt: (  # type: ignore[method-assign]
         torch.empty(1, 512, 32, device="meta"),
         torch.empty(1, 32, device="meta"),
@@ -142,7 +143,9 @@ def test_a_level_is_chosen_once(fresh: Krea, monkeypatch: pytest.MonkeyPatch) ->
 def test_high_skips_steps_by_a_pattern(fresh: Krea, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = []
     fresh.prepare("high")
-    fresh.settings["high"] = Settings(skipping=Skipping(computed=0.5, first_full=2, last_full=1))
+    fresh.engine.settings["high"] = Settings(
+        skipping=Skipping(computed=0.5, first_full=2, last_full=1)
+    )
     double = fresh.models.transformer.double_blocks
     once = transformer._Run.double
     monkeypatch.setattr(
@@ -235,7 +238,7 @@ def test_the_loop_waits_for_nothing_but_a_thresholds_one_number_a_step(
     fresh: Krea, acceleration: str, skipping: Skipping | None, waits: int
 ) -> None:
     settings = fresh.prepare(acceleration)
-    fresh.settings[acceleration] = dataclasses.replace(settings, skipping=skipping)
+    fresh.engine.settings[acceleration] = dataclasses.replace(settings, skipping=skipping)
     latents(fresh, [1], acceleration=acceleration)  # the prompt is encoded, the tables made
     with Waits() as seen:
         latents(fresh, [2], acceleration=acceleration)
@@ -253,7 +256,9 @@ def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
 ) -> None:
     settings = fresh.prepare(level)
     operations = dataclasses.replace(PLAIN, qk_norm_rotary=broken)
-    fresh.settings[level] = dataclasses.replace(settings, execution=Execution(kernels=operations))
+    fresh.engine.settings[level] = dataclasses.replace(
+        settings, execution=Execution(kernels=operations)
+    )
     arguments = {"image_size": SMALL, "num_inference_steps": 6, "seed": 1, "acceleration": level}
     with pytest.warns(KreaWarning, match="failed and runs in plain torch from now on, slower: Pa"):
         drawn = fresh.txt2img("a fox", **arguments)
@@ -268,7 +273,7 @@ def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
 
 
 def test_what_fails_in_plain_torch_too_is_an_error(fresh: Krea) -> None:
-    fresh.settings["none"] = Settings(
+    fresh.engine.settings["none"] = Settings(
         Execution(kernels=dataclasses.replace(PLAIN, qk_norm_rotary=broken))
     )
     with torch.no_grad():
@@ -277,15 +282,28 @@ def test_what_fails_in_plain_torch_too_is_an_error(fresh: Krea) -> None:
         fresh.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
 
 
+def test_a_failed_step_is_not_repeated_where_other_processes_wait(fresh: Krea) -> None:
+    class Alone(cluster.Ulysses):
+        def __init__(self) -> None:
+            self.rank, self.size = 0, 1
+
+    fresh.engine.group = Alone()
+    fresh.engine.settings["none"] = Settings(
+        Execution(kernels=dataclasses.replace(PLAIN, qk_norm_rotary=broken))
+    )
+    with pytest.raises(RuntimeError, match="PassManager"):
+        fresh.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
+
+
 def test_running_out_of_memory_is_no_reason_to_repeat(fresh: Krea) -> None:
     def exhausted(*arguments: Any, **named: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
     operations = dataclasses.replace(PLAIN, qk_norm_rotary=exhausted)
-    fresh.settings["none"] = Settings(Execution(kernels=operations))
+    fresh.engine.settings["none"] = Settings(Execution(kernels=operations))
     with pytest.raises(OutOfMemory, match="offload='modulation'"):
         fresh.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
-    assert fresh.settings["none"].execution.kernels is operations
+    assert fresh.engine.settings["none"].execution.kernels is operations
 
 
 # Of torch.compile's own modules.
@@ -308,7 +326,7 @@ def test_what_torch_compile_cannot_make_runs_in_plain_torch(
         kernels, "compiled_kernels", lambda: dataclasses.replace(PLAIN, gelu=broken)
     )
     model = krea_local.load(tiny_folder, device="cpu", dtype="float32", compile=True)
-    assert model.settings["none"] == Settings()
+    assert model.engine.settings["none"] == Settings()
     with pytest.warns(KreaWarning, match="instead of torch.compile's kernels, slower: PassMan"):
         model.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
 
@@ -319,7 +337,7 @@ def test_torch_compile_makes_the_same_operations_for_every_size(
     tiny_folder: Path, krea: Krea
 ) -> None:
     compiled = krea_local.load(tiny_folder, device="cpu", dtype="float32", compile=True)
-    assert compiled.settings["none"].execution.kernels.name == "compiled"
+    assert compiled.engine.settings["none"].execution.kernels.name == "compiled"
     for width, height in ((64, 96), (128, 64)):
         request = Txt2ImgRequest.parse({"prompt": "a fox", "num_inference_steps": 3})
         request = krea._with_own_defaults(request)

@@ -1,0 +1,236 @@
+"""The transformer as a velocity, at every level of acceleration; and diffusers', to compare with.
+
+Holds what outlives a call: how each level runs here, the weights in 8-bit floats, and what the
+steps of the last call had in common. Knows nothing of requests, text encoders or the VAE.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from krea_local import speed
+from krea_local.memory import is_out_of_memory
+from krea_local.sampling import Velocity, latent_ids, model_timestep
+from krea_local.schema import Acceleration
+from krea_local.skipping import StepCache
+from krea_local.transformer import Conditioning, Execution, FluxTransformer
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+    from krea_local.cluster import Ulysses
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one batch of images asks of the transformer.
+
+    Attributes:
+        prompt_embeds: [1, 512, 4096].
+        pooled_prompt_embeds: [1, 768].
+        guidance_scale: an input of the model.
+        sigmas: float32 [T + 1] noise levels, on the CPU.
+        batch: images.
+        rows: of image tokens.
+        columns: likewise.
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    guidance_scale: float
+    sigmas: Tensor
+    batch: int
+    rows: int
+    columns: int
+
+
+class Engine:
+    """Our transformer.
+
+    Args:
+        transformer: the weights, on `device` or where `resident` takes them from.
+        device: where steps run.
+        resident: has modules on the device inside a block; None where they stay there.
+        compile: have torch.compile make the fused operations.
+        group: processes that share every image.
+
+    Attributes:
+        settings: how each level runs, filled when first asked for; a benchmark may put its own.
+        notices: what is to be said of a level, where it cannot run as it should.
+    """
+
+    def __init__(
+        self,
+        transformer: FluxTransformer,
+        *,
+        device: torch.device,
+        resident: Callable[..., AbstractContextManager[None]] | None = None,
+        compile: bool = False,
+        group: Ulysses | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.device = device
+        self.resident = resident
+        self.compile = compile
+        self.group = group
+        if group is not None:
+            group.check(transformer.config.num_attention_heads)
+        self.settings: dict[Acceleration, speed.Settings] = {}
+        self.notices: dict[Acceleration, tuple[str, ...]] = {}
+        self._float8: FluxTransformer | None = None
+        self._conditioning: tuple[Tensor, tuple[object, ...], Conditioning] | None = None
+
+    def prepare(self, level: Acceleration) -> speed.Settings:
+        """How a level runs here: chosen, and its kernels compiled, when first asked for."""
+        if level not in self.settings:
+            place = speed.Place(self.device, self.transformer, self.compile)
+            settings, notices = speed.settings_of(speed.LEVELS[level], place)
+            execution = replace(settings.execution, group=self.group)
+            self.settings[level] = replace(settings, execution=execution)
+            self.notices[level] = tuple(f"acceleration={level!r}: {notice}" for notice in notices)
+        return self.settings[level]
+
+    def modules(self, level: Acceleration) -> list[nn.Module]:
+        """What has to be on the device for the steps of a level."""
+        return self.variant(self.prepare(level)).step_modules()
+
+    def variant(self, settings: speed.Settings) -> FluxTransformer:
+        """The transformer, or itself in 8-bit floats, which is made when first asked for."""
+        if not settings.float8:
+            return self.transformer
+        if self._float8 is None:
+            self._float8 = self.transformer.in_float8(settings.execution.kernels, self.device)
+        return self._float8
+
+    def velocity(self, level: Acceleration, task: Task) -> Velocity:
+        """The velocity of one batch. Its modules are on the device."""
+        settings = self.prepare(level)
+        cache = None
+        if settings.skipping is not None:
+            cache = StepCache(settings.skipping, task.sigmas, self.group)
+        conditioning = self._condition(settings, task)
+
+        def velocity(latents: Tensor, step: int) -> Tensor:
+            current = self.settings[level]
+            try:
+                return self._step(current, latents, conditioning, step, cache)
+            except Exception as error:
+                plain = replace(current, execution=Execution(), float8=False)
+                # Other processes would wait for this one's part of the step that failed.
+                if is_out_of_memory(error) or current == plain or self.group is not None:
+                    raise
+                # A kernel that cannot do this size: slower, but drawn. If the GPU itself has
+                # failed, so does the second attempt.
+                logger.warning("step %d failed and is repeated in plain torch", step, exc_info=True)
+                result = self._step(plain, latents, conditioning, step, cache)
+                self.settings[level] = plain
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                notice = f"failed and runs in plain torch from now on, slower: {reason}"
+                self.notices[level] = (f"acceleration={level!r} {notice}",)
+                return result
+
+        return velocity
+
+    def forget(self) -> None:
+        """Drop what the last call's steps had in common, 60 MB."""
+        self._conditioning = None
+
+    def _step(
+        self,
+        settings: speed.Settings,
+        latents: Tensor,
+        conditioning: Conditioning,
+        step: int,
+        cache: StepCache | None,
+    ) -> Tensor:
+        model = self.variant(settings)
+        arguments = (latents, conditioning, step, settings.execution, cache)
+        velocity: Tensor
+        if self.resident is None:
+            velocity = model(*arguments)
+        else:
+            # They are there already, unless a step failed and is repeated with other weights.
+            with self.resident(*model.step_modules()):
+                velocity = model(*arguments)
+        return velocity
+
+    def _condition(self, settings: speed.Settings, task: Task) -> Conditioning:
+        """What the steps have in common; kept for the next batch or call that asks the same."""
+        key = (task.guidance_scale, *task.sigmas.tolist(), task.rows, task.columns)
+        kept = self._conditioning
+        if kept is None or kept[0] is not task.prompt_embeds or kept[1] != key:
+            self.forget()  # two need not be there at once
+            model = self.variant(settings)
+            conditioning = model.condition(
+                task.prompt_embeds,
+                task.pooled_prompt_embeds,
+                timesteps=model_timestep(task.sigmas[:-1], model.dtype).to(self.device),
+                guidance=torch.tensor([task.guidance_scale], device=self.device),
+                group=self.group,
+                **_positions(task, self.device),
+            )
+            self._conditioning = kept = task.prompt_embeds, key, conditioning
+        return kept[2]
+
+
+class DiffusersEngine:
+    """diffusers' transformer, the oracle; attributes as `Engine`'s."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, *, device: torch.device) -> None:
+        self.transformer = transformer
+        self.device = device
+        self.settings: dict[Acceleration, speed.Settings] = {}
+        self.notices: dict[Acceleration, tuple[str, ...]] = {
+            level: (f"acceleration={level!r} is run as 'none' by engine='diffusers'",)
+            for level in speed.LEVELS
+            if level != "none"
+        }
+
+    def prepare(self, level: Acceleration) -> speed.Settings:
+        """Every level is the same."""
+        return self.settings.setdefault(level, speed.Settings())
+
+    def modules(self, level: Acceleration) -> list[nn.Module]:
+        """As `Engine.modules`."""
+        return [self.transformer]
+
+    def velocity(self, level: Acceleration, task: Task) -> Velocity:
+        """As `Engine.velocity`."""
+        batch = task.batch
+        # Copies, not views: a batch of stride 0 takes another matmul path, which rounds otherwise.
+        prompt_embeds = task.prompt_embeds.repeat(batch, 1, 1)
+        pooled_prompt_embeds = task.pooled_prompt_embeds.repeat(batch, 1)
+        guidance = torch.full((batch,), task.guidance_scale, device=self.device)
+        timesteps = model_timestep(task.sigmas, self.transformer.dtype).to(self.device)
+        positions = _positions(task, self.device)
+
+        def velocity(latents: Tensor, step: int) -> Tensor:
+            predicted: Tensor = self.transformer(
+                hidden_states=latents,
+                timestep=timesteps[step].expand(batch),
+                guidance=guidance,
+                pooled_projections=pooled_prompt_embeds,
+                encoder_hidden_states=prompt_embeds,
+                return_dict=False,
+                **positions,
+            )[0]
+            return predicted
+
+        return velocity
+
+
+def _positions(task: Task, device: torch.device) -> dict[str, Tensor]:
+    """Rotary positions of text and image."""
+    return {
+        "txt_ids": torch.zeros(task.prompt_embeds.shape[1], 3, device=device),
+        "img_ids": latent_ids(rows=task.rows, columns=task.columns).to(device),
+    }
