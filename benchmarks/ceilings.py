@@ -35,7 +35,7 @@ LINEARS = (
     *((9216, 3072), (3072, 3072), (12288, 3072)),
     *((3072, 12288), (21504, 3072), (3072, 15360)),
 )
-LENGTHS = (1536, 4608, 7424, 16896)  # of 1, 4, 6.75 and 16 thousand image tokens, and 512 of text
+LENGTHS = (1536, 3584, 4608, 6912, 16896)  # 512², 1024x768, 1024², 1280², 2048², 512 of text
 HEADS, HEAD_WIDTH = 24, 128
 COPIED_BYTES = 2**29  # about one double block; PyTorch pins powers of two
 WEIGHTS = 4  # taken in turn: one alone would stay in the L2 cache

@@ -1,11 +1,11 @@
 """Ours against everybody else's, in one run on one GPU: `python -m benchmarks.compare`.
 
 Random weights at FLUX.1's true shapes, the same for every engine, from prompt to picture, without a
-safety checker. Measures, in this order: how exact each level is; what the GPU can do at these
-shapes; each of our levels at every size and batch; what each step of the levels brings; the peers
-of `benchmarks.peers`. Every figure is written at once, one JSON object a line, so that a run that
-is cut short loses nothing. Steps are skipped by a fixed pattern, half of them: with random weights
-the changes that a threshold looks at mean nothing.
+safety checker. Measures, in this order: each of our levels, from the process's first picture on, at
+every size and batch; how exact they are; what the GPU can do at these shapes; what each step of the
+levels brings; the peers of `benchmarks.peers`. Every figure is written at once, one JSON object a
+line, so that a run that is cut short loses nothing. Steps are skipped by a fixed pattern, half of
+them: with random weights the changes that a threshold looks at mean nothing.
 
 `python -m benchmarks.plot FILE` draws the picture.
 """
@@ -33,6 +33,7 @@ from benchmarks import ceilings
 from benchmarks.latency import device_name, parse_size, peak_gib, positive, reset_peak
 from benchmarks.peers import PEERS, Draw
 from benchmarks.random_model import as_diffusers, krea_of
+from krea_local import vae
 from krea_local.engine import Engine
 from krea_local.errors import KreaError
 from krea_local.info import versions
@@ -44,7 +45,7 @@ from krea_local.speed import LEVELS, Place, Settings, settings_of
 from krea_local.transformer import Config, Execution, FluxTransformer
 
 SIZES = ("512x512", "1024x768", "1024x1024", "1280x1280", "2048x2048")
-UNTUNED = ("512x512", "768x1344", "1024x1024", "1280x1280")  # one after the other, never seen
+UNSEEN = ("512x512", "768x1344", "1280x1280")  # right after the first pictures of the main size
 TEXT_TOKENS = 512
 HALF = Skipping(computed=0.5)
 
@@ -93,7 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
         run = Run(options, lines)
         for part in PARTS:
             if part in options.parts:
-                PARTS[part](run)
+                try:
+                    PARTS[part](run)
+                except Exception as error:  # the others are still measured
+                    run.write("part", engine=part, failed=reason_of(error))
+                run.engine.forget()  # so that the next part's peak memory is its own
     except (KreaError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     finally:
@@ -127,7 +132,12 @@ class Run:
             "versions": versions(),
             "date": time.strftime("%Y-%m-%d"),
         }
-        self.ceilings: dict[str, Any] = {}
+        self.prompts = 0
+
+    def new_prompt(self) -> str:
+        """Another one each time: the cache of prompts would hide the text encoders."""
+        self.prompts += 1
+        return f"a red fox in fresh snow, number {self.prompts}"
 
     def wanted(self, engine: str) -> bool:
         """Whether `engine` is to be measured."""
@@ -146,8 +156,12 @@ class Run:
     def diffusers(self) -> Iterator[Any]:
         """The models with diffusers' transformer, mostly in the same memory."""
         models = dataclasses.replace(self.krea.models, transformer=as_diffusers(self.transformer))
-        yield models
-        gc.collect()
+        models.vae.to(memory_format=torch.contiguous_format)  # as it comes from a file
+        try:
+            yield models
+        finally:
+            vae.prepare(models.vae, self.device)
+            gc.collect()
 
     def level(self, acceleration: Acceleration) -> None:
         """Make a level ready, with its steps skipped by a pattern."""
@@ -228,12 +242,18 @@ def limits(run: Run) -> None:
     """What the device can do at the model's shapes."""
     scale = 1 if run.device.type == "cuda" else 32
     seconds = run.options.ceiling_seconds
-    run.ceilings = {
+    found: dict[str, Any] = {
         "gemm_tflops": ceilings.gemm_rates(run.device, seconds, scale=scale),
         "attention_tflops": ceilings.attention_rates(run.device, min(seconds, 1.0), scale=scale),
         "copy_gb_per_second": ceilings.copy_rates(run.device, scale=scale),
     }
-    run.write("ceilings", **run.ceilings)
+    run.write("ceilings", **found)
+    for line in list(run.lines):
+        if line["kind"] == "latency" and "tflops" in line:
+            share = roofline_share(run.transformer.config, line, found)
+            if share is not None:
+                keys = ("engine", "width", "height", "batch")
+                run.write("roofline", share=share, **{key: line[key] for key in keys})
 
 
 def ours(run: Run) -> None:
@@ -255,21 +275,26 @@ def ours(run: Run) -> None:
                 engine=engine,
                 prepare_seconds=prepare_seconds,
                 notices=list(run.engine.notices.get(level, ())),
-                settings=described(run.krea.engine.settings[level]),
+                settings=described(run.engine.settings[level]),
                 **figures,
-                **run_share(run, figures, level),
+                **achieved(run, figures, level),
             )
-        for size in map(parse_size, UNTUNED if run.krea.label == "random-12b" else ["64x96"]):
-            run.engine.forget()
-            seconds = [timed(draw, run, size, 1, seed)[0] for seed in range(2)]
-            run.write(
-                "new_size",
-                engine=engine,
-                width=size[0],
-                height=size[1],
-                first_seconds=seconds[0],
-                second_seconds=seconds[1],
-            )
+            if (batch, size) == (run.options.batches[0], sizes[0]):
+                new_sizes(run, draw, engine)
+
+
+def new_sizes(run: Run, draw: Timed, engine: str) -> None:
+    """Sizes in a row that the engine has not seen: their first picture against their second."""
+    for size in map(parse_size, UNSEEN if run.krea.label == "random-12b" else ["96x64"]):
+        first, second = (timed(draw, run, size, 1, seed)[0] for seed in range(2))
+        run.write(
+            "new_size",
+            engine=engine,
+            width=size[0],
+            height=size[1],
+            first_seconds=first,
+            second_seconds=second,
+        )
 
 
 def waterfall(run: Run) -> None:
@@ -279,7 +304,7 @@ def waterfall(run: Run) -> None:
     kept = krea.engine.settings.get("none")
     try:
         for count in range(len(steps) + 1):
-            settings, _ = settings_of(steps[:count], Place(run.device, run.transformer))
+            settings, notices = settings_of(steps[:count], Place(run.device, run.transformer))
             if settings.skipping is not None:
                 settings = dataclasses.replace(settings, skipping=HALF)
             krea.engine.settings["none"] = settings
@@ -289,7 +314,8 @@ def waterfall(run: Run) -> None:
                 engine="krea_local",
                 added=steps[count - 1].name if count else "fused projections, tables by step",
                 lossless=all(step.lossless for step in steps[:count]),
-                settings=described(settings),
+                settings=described(krea.engine.settings["none"]),  # in force, after all
+                notices=[*notices, *krea.engine.notices.get("none", ())],
                 **figures,
             )
     finally:
@@ -319,14 +345,15 @@ def peers(run: Run) -> None:
                             )
                     continue
                 except Exception as error:  # one peer that fails is a finding, not the end
-                    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                    reason = reason_of(error)
+                    figures = {"width": run.main_size[0], "height": run.main_size[1]}
             run.write("latency", engine=peer.engine, failed=reason, **figures)
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
+    "ours": ours,
     "exactness": exactness,
     "ceilings": limits,
-    "ours": ours,
     "waterfall": waterfall,
     "peers": peers,
 }
@@ -342,8 +369,7 @@ def krea_draw(krea: Krea, level: Acceleration) -> Timed:
         krea.batch_size = batch
         request = Txt2ImgRequest.parse(
             {
-                # A new prompt each time: the cache of prompts would hide the text encoders.
-                "prompt": f"a red fox in fresh snow, number {seed}",
+                "prompt": run.new_prompt(),
                 "image_size": {"width": size[0], "height": size[1]},
                 "num_inference_steps": run.options.steps,
                 "num_images": batch,
@@ -366,7 +392,7 @@ def peer_draw(drawn: Draw) -> Timed:
 
     def draw(run: Run, size: tuple[int, int], batch: int, seed: int) -> dict[str, float]:
         images = drawn(
-            f"a red fox in fresh snow, number {seed}",
+            run.new_prompt(),
             width=size[0],
             height=size[1],
             steps=run.options.steps,
@@ -425,10 +451,10 @@ def forward_tflop(config: Config, image_tokens: int) -> tuple[float, float]:
     return linears / 1e12, 4 * tokens**2 * width * blocks / 1e12
 
 
-def run_share(run: Run, figures: dict[str, Any], level: Acceleration) -> dict[str, float]:
-    """Achieved TFLOP/s of the loop, and its share of what the ceilings of this run would allow."""
+def achieved(run: Run, figures: dict[str, Any], level: Acceleration) -> dict[str, float]:
+    """Work of the denoising loop, in 10^12 operations, and how much of it is done a second."""
     tokens = figures["width"] * figures["height"] // run.krea.size_multiple**2
-    settings = run.krea.engine.settings[level]
+    settings = run.engine.settings[level]
     computed = run.options.steps
     if settings.skipping is not None:
         computed -= sum(HALF.pattern(run.options.steps))
@@ -436,19 +462,43 @@ def run_share(run: Run, figures: dict[str, Any], level: Acceleration) -> dict[st
         work * computed * figures["batch"] for work in forward_tflop(run.transformer.config, tokens)
     )
     seconds = figures["stages"]["denoise"]
-    found = {"tflops": (linears + attended) / seconds}
-    gemm = run.ceilings.get("gemm_tflops", {}).get("fp8_rowwise" if settings.float8 else "bf16", {})
-    attention = [
-        rates.get(str(tokens + TEXT_TOKENS))
-        for name, rates in run.ceilings.get("attention_tflops", {}).items()
+    return {
+        "linears_tflop": linears,
+        "attention_tflop": attended,
+        "tflops": (linears + attended) / seconds,
+    }
+
+
+def roofline_share(config: Config, line: dict[str, Any], ceilings: dict[str, Any]) -> float | None:
+    """The time that the ceilings allow for the loop's work, over the time it took."""
+    kind = "fp8_rowwise" if line["settings"]["float8"] else "bf16"
+    # Each shape counts by its share of the work: (N, K) and how often a pair of blocks has it.
+    work = {(9216, 3072): 19, (3072, 3072): 19, (12288, 3072): 19, (3072, 12288): 19}
+    work |= {(21504, 3072): 38, (3072, 15360): 38}
+    seconds_a_tflop, total = 0.0, 0
+    for name, rate in ceilings["gemm_tflops"][kind].items():
+        _, n, k = map(int, name.split("x"))
+        if not isinstance(rate, float) or (n, k) not in work:
+            return None
+        share = n * k * work[n, k]
+        seconds_a_tflop += share / rate
+        total += share
+    tokens = line["width"] * line["height"] // 256 + TEXT_TOKENS
+    rates = [
+        found.get(str(tokens))
+        for name, found in ceilings["attention_tflops"].items()
         if name not in ("default_is", "fa3_fp8")
     ]
-    best = [rate for rate in attention if isinstance(rate, float)]
-    rates = [rate for rate in gemm.values() if isinstance(rate, float)]
-    if best and rates and run.device.type == "cuda":
-        floor = linears / statistics.mean(rates) + attended / max(best)
-        found["roofline_share"] = floor / seconds
-    return found
+    best = max((rate for rate in rates if isinstance(rate, float)), default=None)
+    if best is None or config.hidden_size != 3072:
+        return None
+    floor = line["linears_tflop"] * seconds_a_tflop / total + line["attention_tflop"] / best
+    return float(floor / line["stages"]["denoise"])
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def described(settings: Settings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import krea_local
 from krea_local import weights
 from krea_local.api import choose_device, choose_dtype
 from krea_local.loading import EngineName, Models, load_tokenizer
-from krea_local.memory import check_offload
+from krea_local.memory import check_offload, pin
 from krea_local.pipeline import Krea
 from krea_local.safety import SafetyChecker
 from krea_local.sampling import Shift
@@ -105,17 +105,17 @@ def random_models(
     home = cpu if offload == "model" else device
     with init_empty_weights():  # which, unlike the meta device, makes buffers
         parts = {name: build(name) for name in CONFIGS if name != "transformer"}
-    parts = {name: _filled(model, home, dtype) for name, model in parts.items()}
+    # Made on the device, wherever they go then: a CPU would need minutes.
+    parts = {name: _filled(model, device, dtype).to(home) for name, model in parts.items()}
     with torch.device("meta"):
         transformer = FluxTransformer(Config.of(CONFIGS["transformer"]))
-    parts["transformer"] = _filled(transformer, home, dtype)
+    parts["transformer"] = _filled(transformer, device, dtype).to(home)
     if engine == "diffusers":
         parts["transformer"] = as_diffusers(parts["transformer"])
     elif offload == "modulation":
         for layer in transformer.modulations():
-            for parameter in layer.parameters():
-                kept = parameter.data.to(cpu)
-                parameter.data = kept.pin_memory() if device.type == "cuda" else kept
+            layer.to(cpu)
+    pin(parts.values(), device)
     tiny = weights.find("tiny").folder
     return Models(
         **parts,

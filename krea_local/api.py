@@ -90,6 +90,8 @@ def load(
         raise InvalidRequest(f"engine={engine!r}: should be 'native' or 'diffusers'")
     if engine == "diffusers" and offload == "modulation":
         raise InvalidRequest("offload='modulation': should be 'none' or 'model' with 'diffusers'")
+    if engine == "diffusers" and compile:
+        raise InvalidRequest("compile=True: is for engine='native'")
     if not isinstance(safety_threshold, (int, float)) or not 0 <= safety_threshold <= 1:
         raise InvalidRequest(f"safety_threshold={safety_threshold!r}: should be between 0 and 1")
     if type(batch_size) is not int or not 1 <= batch_size <= 4:
@@ -167,6 +169,8 @@ def _load(
                 engine=engine,
                 on_bytes=bar.advance,
             )
+            parts = (models.transformer, models.vae, models.text_encoder, models.text_encoder_2)
+            memory.pin(parts, device)
     finally:
         bar.close()
 

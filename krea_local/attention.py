@@ -89,6 +89,8 @@ def choose(
             continue
         try:
             check(one, device, dtype, head_dim=head_dim)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # half installed, built for another torch, no kernel for d, ...
             logger.warning("attention %s is not used: %s", one.name, error, exc_info=True)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -319,7 +319,8 @@ def _generate(parsed: argparse.Namespace) -> int:
             else:
                 codes.append(OK)
         except KreaError as error:
-            if len(requests) == 1 or isinstance(error, Cancelled):
+            # Of several processes, the others would go on with the prompt that failed here.
+            if len(requests) == 1 or isinstance(error, Cancelled) or group is not None:
                 raise
             codes.append(_report(error, as_json="json" in given))
     if group is not None:

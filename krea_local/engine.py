@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from krea_local import speed
-from krea_local.memory import is_out_of_memory
+from krea_local.memory import is_out_of_memory, pin
 from krea_local.sampling import Velocity, latent_ids, model_timestep
 from krea_local.schema import Acceleration
 from krea_local.skipping import StepCache
@@ -109,6 +109,7 @@ class Engine:
             return self.transformer
         if self._float8 is None:
             self._float8 = self.transformer.in_float8(settings.execution.kernels, self.device)
+            pin([self._float8], self.device)
         return self._float8
 
     def velocity(self, level: Acceleration, task: Task) -> Velocity:
@@ -124,25 +125,56 @@ class Engine:
             try:
                 return self._step(current, latents, conditioning, step, cache)
             except Exception as error:
-                plain = replace(current, execution=Execution(), float8=False)
                 # Other processes would wait for this one's part of the step that failed.
-                if is_out_of_memory(error) or current == plain or self.group is not None:
+                if is_out_of_memory(error) or self.group is not None:
                     raise
-                # A kernel that cannot do this size: slower, but drawn. If the GPU itself has
-                # failed, so does the second attempt.
-                logger.warning("step %d failed and is repeated in plain torch", step, exc_info=True)
-                result = self._step(plain, latents, conditioning, step, cache)
-                self.settings[level] = plain
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                notice = f"failed and runs in plain torch from now on, slower: {reason}"
-                self.notices[level] = (f"acceleration={level!r} {notice}",)
-                return result
+                return self._repeat(error, level, latents, conditioning, step, cache)
 
         return velocity
 
     def forget(self) -> None:
-        """Drop what the last call's steps had in common, 60 MB."""
+        """Drop what is kept from call to call: 60 MB, and the weights in 8-bit floats."""
         self._conditioning = None
+        self._float8 = None
+
+    def _repeat(
+        self,
+        error: Exception,
+        level: Acceleration,
+        latents: Tensor,
+        conditioning: Conditioning,
+        step: int,
+        cache: StepCache | None,
+    ) -> Tensor:
+        """Repeat a step that failed, without 8-bit floats or at last in plain torch, from now on.
+
+        A kernel that cannot do a size costs speed then, not the picture. If the GPU itself has
+        failed, so does every attempt.
+        """
+        current = self.settings[level]
+        attempts = {
+            "without 8-bit floats": replace(current, float8=False),
+            "in plain torch": replace(current, execution=Execution(), float8=False),
+        }
+        for how, settings in attempts.items():
+            if settings == current:
+                continue
+            logger.warning("step %d failed and is repeated %s", step, how, exc_info=error)
+            try:
+                result = self._step(settings, latents, conditioning, step, cache)
+            except Exception as again:
+                if is_out_of_memory(again):
+                    raise
+                error = again
+                continue
+            self.settings[level] = settings
+            if not any(one.float8 for one in self.settings.values()):
+                self._float8 = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notice = f"failed and runs {how} from now on, slower: {reason}"
+            self.notices[level] = (f"acceleration={level!r} {notice}",)
+            return result
+        raise error
 
     def _step(
         self,
@@ -168,7 +200,7 @@ class Engine:
         key = (task.guidance_scale, *task.sigmas.tolist(), task.rows, task.columns)
         kept = self._conditioning
         if kept is None or kept[0] is not task.prompt_embeds or kept[1] != key:
-            self.forget()  # two need not be there at once
+            self._conditioning = None  # two need not be there at once
             model = self.variant(settings)
             conditioning = model.condition(
                 task.prompt_embeds,

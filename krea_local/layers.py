@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krea_local.kernels import Quantized, Rows
+from krea_local.kernels import PLAIN, Quantized, Rows
 
 
 class Linear(nn.Linear):
@@ -46,12 +46,10 @@ class Float8Linear(nn.Module):
 
     def __init__(self, weight: Quantized, bias: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.values)  # [N, K]
-        self.register_buffer("scale", weight.scale.reshape(1, -1).contiguous())  # [1, N]
-        self.register_buffer("bias", bias)
-        self.weight: Tensor
-        self.scale: Tensor
-        self.bias: Tensor
+        scale = weight.scale.reshape(1, -1).contiguous()
+        self.weight = nn.Parameter(weight.values, requires_grad=False)  # [N, K]
+        self.scale = nn.Parameter(scale, requires_grad=False)  # [1, N]
+        self.bias = nn.Parameter(bias, requires_grad=False)
 
     @classmethod
     def of(
@@ -81,3 +79,25 @@ class Float8Linear(nn.Module):
             out=out,
         )
         return result
+
+
+def check_float8(device: torch.device, dtype: torch.dtype) -> None:
+    """Compute one product in 8-bit floats as the transformer does, and compare.
+
+    Raises:
+        ValueError: the result is wrong.
+    """
+    random = torch.Generator("cpu").manual_seed(0)
+    linear = nn.Linear(64, 96).requires_grad_(False)
+    for parameter in linear.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random).to(device, dtype)
+    x = torch.randn(40, 64, generator=random).to(device, dtype)
+    layer = Float8Linear.of(linear, PLAIN.quantize, device)
+    quantized = PLAIN.quantize(x)
+    out = torch.full((48, 96), torch.nan, dtype=dtype, device=device)
+    rows = Quantized(quantized.values[7:], quantized.scale[7:])
+    layer.project(rows, out=out[15:])  # rows of a larger matrix, as text and image are
+    error = (out[15:].float() - F.linear(x[7:], linear.weight, linear.bias).float()).norm()
+    share = float(error / out[15:].float().norm())
+    if not share <= 0.08:  # 3.7 % of rounding
+        raise ValueError(f"the product differs by {share:.1e}")

@@ -390,11 +390,7 @@ def _load_transformer(
             original = piece.original
             if original not in state:
                 place = devices[original in streamed]
-                # Pinned, what is copied to the GPU for every image goes there at full speed.
-                pinned = place.type == "cpu" and devices[0].type == "cuda"
-                state[original] = torch.empty(
-                    empty[original].shape, dtype=dtype, device=place, pin_memory=pinned
-                )
+                state[original] = torch.empty(empty[original].shape, dtype=dtype, device=place)
             piece.of_original(state[original], width).copy_(piece.of_diffusers(tensor, width))
         on_bytes(folder.name, tensor.nbytes)
     model.load_state_dict(state, assign=True)

@@ -104,7 +104,8 @@ class Krea:
         load_safety_checker: called once, before the first picture that is to be screened.
         batch_size: images of one call that are denoised together. 1 makes image i exactly the one
             that a call with its seed makes; more is faster where small images leave the GPU idle,
-            but kernels for other batch sizes round differently, and details then differ.
+            but kernels for other batch sizes round differently, and at "high" the images skip the
+            same steps: details then differ.
         progress: show a bar on standard error, where that is a terminal.
         compile: have torch.compile make the fused operations instead of our Triton kernels.
         group: processes that draw every picture together; see `cluster`.
@@ -156,6 +157,7 @@ class Krea:
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
         self._said: set[str] = set()
+        self._apart = False  # whether other processes may be elsewhere in their work
         self._lock = threading.RLock()  # held while the models work
         self._running: threading.Thread | None = None
         self._cancelled = threading.Event()
@@ -253,12 +255,19 @@ class Krea:
             with self._switch:
                 self._cancelled.clear()
                 self._running = threading.current_thread()
+            if self._apart:
+                raise GenerationFailed(
+                    "a call failed, so that the processes that draw together are at different "
+                    "places: start them again"
+                )
             try:
+                self._apart = self.group is not None
                 with (
                     torch.inference_mode(),
                     explained_out_of_memory(OUT_OF_MEMORY_ADVICE[self.offload]),
                 ):
                     result = self._run(request, *planned, on_step)
+                self._apart = False
             finally:
                 with self._switch:
                     self._running = None

@@ -69,6 +69,7 @@ class StepCache:
         self.skipped: list[int] = []
         self._pattern = None if skipping.computed is None else skipping.pattern(self.steps)
         self._first: Tensor | None = None  # of the last full step
+        self._pending: Tensor | None = None  # of this one
         self._rests: list[tuple[float, Tensor]] = []  # (sigma, what was added), the last two
         self._row = 0
 
@@ -79,16 +80,17 @@ class StepCache:
 
     def skip(self, step: int, first: Tensor) -> Tensor | None:
         """As `transformer.Cache` says."""
-        if self._skips(step, first):
-            self._row += 1
-            self.skipped.append(step)
-            return self._extrapolate(self.levels[step])
-        self._row = 0
-        self._first = first
-        return None
+        self._pending = first
+        if not self._skips(step, first):
+            return None
+        self._row += 1
+        self.skipped.append(step)
+        return self._extrapolate(self.levels[step])
 
     def keep(self, step: int, rest: Tensor) -> None:
         """As `transformer.Cache` says."""
+        # Only now: a step that failed on the way, and is repeated, was none.
+        self._first, self._row = self._pending, 0
         self._rests = [*self._rests[-1:], (self.levels[step], rest)]
 
     def _skips(self, step: int, first: Tensor) -> bool:

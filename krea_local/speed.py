@@ -7,15 +7,19 @@ whether pixels change. The pipeline walks the list of a level, and so does the w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from krea_local import attention, kernels
+from krea_local.layers import check_float8
 from krea_local.schema import Acceleration
 from krea_local.skipping import Skipping
 from krea_local.transformer import Execution, FluxTransformer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,21 +119,29 @@ def gelu_in_epilogue(settings: Settings, place: Place) -> tuple[Settings, Notice
 def float8_linears(settings: Settings, place: Place) -> tuple[Settings, Notice]:
     """The blocks' matrix products in float8_e4m3, scaled by row, with fast accumulation.
 
-    Needs compute capability 8.9 (Ada) or newer. Embedders, modulation, output layer and attention
+    Needs compute capability 8.9 (Ada) or newer, and a torch that has the product: one is tried.
+    Embedders, modulation, output layer and attention
     stay in bfloat16.
     """
-    if has_float8(place.device):
-        return replace(settings, float8=True), None
-    where = (
-        torch.cuda.get_device_name(place.device)
-        if place.device.type == "cuda"
-        else f"device='{place.device.type}'"
-    )
+    cuda = place.device.type == "cuda"
     dtype = str(place.transformer.dtype).removeprefix("torch.")
-    return settings, (
-        f"runs in {dtype}, at its speed: {where} has no 8-bit products "
-        "(RTX 40, L4, H100 and newer have)"
-    )
+    if not has_float8(place.device):
+        where = torch.cuda.get_device_name(place.device) if cuda else f"device='{place.device}'"
+        reason = f"{where} has no 8-bit products (RTX 40, L4, H100 and newer have)"
+    elif cuda and place.transformer.dtype != torch.bfloat16:
+        reason = "8-bit products need dtype='bfloat16'"
+    else:
+        try:
+            check_float8(place.device, place.transformer.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # this torch, or its CUDA, cannot do it on this GPU
+            logger.warning("8-bit products are not used", exc_info=True)
+            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = f"8-bit products do not work here: {detail}"
+        else:
+            return replace(settings, float8=True), None
+    return settings, f"runs in {dtype}, at its speed: {reason}"
 
 
 def skip_steps(settings: Settings, place: Place) -> tuple[Settings, Notice]:

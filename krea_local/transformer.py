@@ -320,7 +320,7 @@ class FluxTransformer(nn.Module):
         activated = F.silu(time + strength + self.vector_in(pooled_prompt_embeds))  # [T, D]
 
         def vectors(layer: nn.Linear, count: int) -> Tensor:
-            # The weights may be on the CPU; there they are pinned, and the copy is asynchronous.
+            # The weights may be on the CPU; `memory.pin` has made their copies asynchronous.
             weight, bias = (t.to(device, non_blocking=True) for t in (layer.weight, layer.bias))
             table: Tensor = F.linear(activated, weight, bias).unflatten(1, (1, count, -1))
             return table
@@ -330,9 +330,9 @@ class FluxTransformer(nn.Module):
             for block in self._doubles
         )
         single = tuple(
-            vectors(block.modulation.lin, 3).expand(-1, 2, -1, -1) for block in self._singles
+            vectors(block.modulation.lin, 3).repeat(1, 2, 1, 1) for block in self._singles
         )
-        final = vectors(self.final_layer.modulation, 2).expand(-1, 2, -1, -1)
+        final = vectors(self.final_layer.modulation, 2).repeat(1, 2, 1, 1)
         text = prompt_embeds.shape[1]
         if group is not None:
             prompt_embeds = group.shard(prompt_embeds)

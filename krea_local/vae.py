@@ -37,7 +37,8 @@ def prepare(vae: AutoencoderKL, device: torch.device) -> None:
     """Lay out the weights as convolutions on `device` want them. Their values stay.
 
     On CUDA that is channels_last, wherever the weights lie now: else cuDNN rearranges the input
-    and output of every convolution that it gives to the tensor cores. Elsewhere nothing changes.
+    and output of every convolution that it gives to the tensor cores. (Torch's own GroupNorm undoes
+    some of that where a picture is decoded whole.) Elsewhere nothing changes.
     """
     if device.type == "cuda":
         vae.to(memory_format=torch.channels_last)

@@ -100,6 +100,53 @@ group.leave()
 """
 
 
+def test_a_process_that_fails_ends_them_all_before_a_wrong_picture_is_written(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\na cat\n")
+    script = tmp_path / "fail.py"
+    script.write_text(FAIL)
+    output = tmp_path / "pictures"
+    answer = run(str(script), str(tiny_folder), str(tmp_path / "prompts.txt"), str(output) + "/")
+    assert answer.returncode != 0
+    assert "memory does not suffice" in answer.stderr
+    assert not output.exists() or list(output.iterdir()) == []
+
+
+FAIL = """
+import os, sys, torch
+from krea_local import cli
+from krea_local.transformer import FluxTransformer
+
+forward, calls = FluxTransformer.forward, []
+def failing(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+    return forward(self, *arguments)
+FluxTransformer.forward = failing
+model, prompts, output = sys.argv[1:]
+sys.exit(cli.main(
+    ["txt2img", "--prompts", prompts, "--model", model, "--device", "cpu", "--output", output]
+    + "--image-size 64x64 --num-inference-steps 4 --seed 1 --no-enable-safety-checker".split()))
+"""
+
+
+def test_after_a_failure_processes_draw_no_more(tiny_folder: Path) -> None:
+    class Alone(cluster.Ulysses):
+        def __init__(self) -> None:
+            self.rank, self.size, self.device = 0, 1, torch.device("cpu")
+
+    def stop(progress: krea_local.Progress) -> None:
+        raise krea_local.Cancelled("enough")
+
+    model = krea_local.load(tiny_folder, dtype="float32", group=Alone())
+    with pytest.raises(krea_local.Cancelled):
+        model.txt2img("a fox", num_inference_steps=1, seed=1, on_step=stop)
+    with pytest.raises(krea_local.GenerationFailed, match="at different places: start them again"):
+        model.txt2img("a fox", num_inference_steps=1, seed=1)
+
+
 def test_without_torchrun_there_is_nobody_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(DeviceUnavailable, match="torchrun --nproc-per-node 2 -m krea_local"):

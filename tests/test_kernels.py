@@ -185,6 +185,22 @@ def test_where_kernels_fail_plain_torch_runs_and_says_so(
     assert "Triton kernels are not used" in caplog.text
 
 
+def test_no_kernel_is_compiled_anew_for_another_number_of_rows() -> None:
+    # Triton makes variants for integers that 16 divides; lengths must not, or what is checked at
+    # load is not what runs. Strides, which follow from the width, may.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = """
+from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary
+for kernel in (gelu._kernel, norm_modulate._kernel, qk_norm_rotary._kernel):
+    lengths = [p for p in kernel.params if p.name in ("text_rows", "text_len", "image_len")]
+    print(len(lengths), *(p.do_not_specialize for p in lengths))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.splitlines() == ["0", "1 True", "3 True True True"]
+
+
 def test_every_kernel_compiles_for_every_gpu_generation_without_spilling() -> None:
     # Triton lowers to machine code without a GPU, in a process where it does not interpret.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import krea_local
-from krea_local import InvalidRequest, OutOfMemory
+from krea_local import InvalidRequest, OutOfMemory, memory
 from krea_local.info import describe, fits, gather
 from krea_local.memory import Footprint, check_offload, explained_out_of_memory, on_device
 from krea_local.transformer import Config, FluxTransformer
@@ -113,6 +113,51 @@ def test_models_take_turns_and_the_picture_is_the_same(
     assert turns == [("text_encoder", "text_encoder_2"), ("transformer",), ("vae",)]
     resident = krea.txt2img("a fox", image_size=SIZE, **arguments)
     assert [i.tobytes() for i in drawn.images] == [i.tobytes() for i in resident.images]
+
+
+class Runtime:
+    """In place of CUDA's runtime: which host memory was locked."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        assert address not in self.locked
+        self.locked[address] = size
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+        del self.locked[address]
+
+
+def test_large_weights_in_host_memory_are_locked_until_they_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    model = nn.Sequential(nn.Linear(512, 1024), nn.Linear(4, 4), nn.Linear(512, 1024))
+    model[2].weight = model[0].weight  # tied: one piece of memory
+    model.append(nn.Linear(512, 1024, device="meta"))
+    memory.pin([model, model[0]], torch.device("cpu"))
+    assert runtime.locked == {}
+    memory.pin([model, model[0]], torch.device("cuda", 0))
+    assert runtime.locked == {model[0].weight.data_ptr(): 512 * 1024 * 4}
+    del model
+    assert runtime.locked == {}
+
+
+def test_host_memory_that_cannot_be_locked_is_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reports(*arguments: object, **named: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")  # what the next call would get to see
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(error=2))
+    monkeypatch.setattr(torch, "zeros", reports)
+    model = nn.Linear(512, 1024)
+    memory.pin([model], torch.device("cuda", 0))
+    assert "some host memory cannot be locked: CUDA error 2" in caplog.text
 
 
 def test_running_out_of_memory_says_what_would_help() -> None:

@@ -18,13 +18,15 @@ from krea_local import (
     OutOfMemory,
     Txt2ImgRequest,
     cluster,
+    engine,
     kernels,
+    layers,
     speed,
     transformer,
 )
 from krea_local.kernels import PLAIN
 from krea_local.pipeline import Krea
-from krea_local.skipping import Skipping
+from krea_local.skipping import Skipping, StepCache
 from krea_local.speed import LEVELS, Settings
 from krea_local.transformer import Execution, FluxTransformer
 
@@ -77,7 +79,9 @@ def test_the_cpu_runs_what_it_can_and_says_what_it_cannot(krea: Krea) -> None:
     )
 
 
-def test_an_older_gpu_is_named(krea: Krea, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_multiply_8_bit_floats_is_named(
+    krea: Krea, krea_bfloat16: Krea, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     place = speed.Place(torch.device("cuda", 0), krea.models.transformer)
@@ -86,7 +90,31 @@ def test_an_older_gpu_is_named(krea: Krea, monkeypatch: pytest.MonkeyPatch) -> N
     assert notice is not None
     assert "RTX 3090 has no 8-bit products" in notice
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    settings, notice = speed.float8_linears(Settings(), place)
+    assert (settings.float8, notice) == (
+        False,
+        "runs in float32, at its speed: 8-bit products need dtype='bfloat16'",
+    )
+    # It should, by its number, and cannot: this torch has no such GPU at all.
+    place = speed.Place(place.device, krea_bfloat16.models.transformer)
+    settings, notice = speed.float8_linears(Settings(), place)
+    assert not settings.float8
+    assert notice is not None
+    assert notice.startswith("runs in bfloat16, at its speed: 8-bit products do not work here: ")
+    monkeypatch.setattr(speed, "check_float8", lambda *arguments: None)
     assert speed.float8_linears(Settings(), place)[0].float8
+
+
+def test_an_8_bit_product_is_checked_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers.check_float8(CPU, torch.float32)
+    project = layers.Float8Linear.project
+    monkeypatch.setattr(
+        layers.Float8Linear,
+        "project",
+        lambda self, x, out: project(self, x, out).mul_(1.1),
+    )
+    with pytest.raises(ValueError, match="the product differs by"):
+        layers.check_float8(CPU, torch.float32)
 
 
 @pytest.mark.usefixtures("float8")
@@ -250,6 +278,68 @@ def broken(*arguments: Any, **named: Any) -> Any:
 
 
 @pytest.mark.usefixtures("float8")
+def test_8_bit_floats_that_fail_in_use_go_before_the_kernels_do(
+    fresh: Krea, krea: Krea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = dataclasses.replace(PLAIN, name="triton")
+    settings = fresh.prepare("regular")
+    monkeypatch.setattr(layers.Float8Linear, "project", broken)
+    fast = Execution(kernels=same)
+    fresh.engine.settings["regular"] = dataclasses.replace(settings, execution=fast)
+    arguments = {"image_size": SMALL, "num_inference_steps": 2, "seed": 1}
+    with pytest.warns(KreaWarning, match="runs without 8-bit floats from now on, slower: Pass"):
+        drawn = fresh.txt2img("a fox", acceleration="regular", **arguments)
+    assert fresh.engine.settings["regular"] == Settings(fast)
+    assert fresh.engine._float8 is None  # 8 GiB that nobody needs
+    assert drawn.images[0].tobytes() == krea.txt2img("a fox", **arguments).images[0].tobytes()
+
+
+def test_a_repeated_step_is_not_compared_with_itself(fresh: Krea) -> None:
+    made: list[StepCache] = []
+
+    class Recorded(StepCache):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    fresh.prepare("none")
+    wanted = None
+    for fail_at in (None, 6):
+        calls = []
+
+        def late(
+            *arguments: Any, calls: list[int] = calls, fail: Any = fail_at, **named: Any
+        ) -> Any:
+            calls.append(1)  # the last of a step's four blocks
+            if fail is not None and len(calls) == 4 * fail + 4:
+                raise RuntimeError("late")
+            return PLAIN.qk_norm_rotary(*arguments, **named)
+
+        fast = Execution(kernels=dataclasses.replace(PLAIN, qk_norm_rotary=late))
+        skipping = Skipping(threshold=1e-9, first_full=2, last_full=1)
+        fresh.engine.settings["none"] = Settings(fast, skipping=skipping)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "StepCache", Recorded)
+            found = latents(fresh, [1])
+        wanted = found if wanted is None else wanted
+        assert made[-1].skipped == []
+        assert torch.equal(found, wanted)
+
+
+def test_an_interrupted_choice_of_kernels_is_made_again(
+    fresh: Krea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "settings_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fresh.prepare("high")
+    assert fresh.prepare("high").skipping == Skipping()
+
+
+@pytest.mark.usefixtures("float8")
 @pytest.mark.parametrize("level", ["none", "regular", "high"])
 def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
     fresh: Krea, krea: Krea, level: str, caplog: pytest.LogCaptureFixture
@@ -260,7 +350,8 @@ def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
         settings, execution=Execution(kernels=operations)
     )
     arguments = {"image_size": SMALL, "num_inference_steps": 6, "seed": 1, "acceleration": level}
-    with pytest.warns(KreaWarning, match="failed and runs in plain torch from now on, slower: Pa"):
+    told = "failed and runs in plain torch from now on, slower: PassMan"
+    with pytest.warns(KreaWarning, match=told):
         drawn = fresh.txt2img("a fox", **arguments)
     assert "and a long trace" not in drawn.notices[0]
     plain = krea.txt2img("a fox", **{**arguments, "acceleration": "none"})

@@ -75,6 +75,8 @@ def choose(
     try:
         kernels = compiled_kernels() if compiled else triton_kernels()
         check(kernels, device, dtype, heads=heads, head_dim=head_dim, quantized=quantized)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing compiler, a GPU that Triton does not know, ...
         wanted = "torch.compile's" if compiled else "Triton"
         logger.warning("%s kernels are not used: %s", wanted, error, exc_info=True)
@@ -158,7 +160,9 @@ def check(
         if quantized:
             moved = x.clone()
             found += [
-                ops.quantize(x),
+                ops.quantize(x),  # attention's result, and weights of every width
+                ops.quantize(fused[:, : 4 * width].contiguous()),
+                ops.quantize(fused[:, : 5 * width].contiguous()),
                 ops.norm_modulate(x, shift, scale, text_rows=6, quantized=True),
                 ops.residual_norm_modulate(
                     moved, y, gate, shift, scale, text_rows=6, quantized=True

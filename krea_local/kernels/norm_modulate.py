@@ -12,7 +12,8 @@ from krea_local.kernels.rows import EPS, FLOAT8_MAX, SMALLEST_SCALE, Quantized, 
 NUMBERS_A_THREAD = 16
 
 
-@triton.jit
+# Not compiled anew for row counts that 16 divides: what was checked is what runs.
+@triton.jit(do_not_specialize=["text_rows"])
 def _kernel(
     x,
     y,

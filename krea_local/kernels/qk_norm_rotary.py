@@ -12,7 +12,8 @@ from krea_local.kernels.rows import EPS, Layout
 HEADS_A_PROGRAM = 8
 
 
-@triton.jit
+# Not compiled anew for lengths that 16 divides: what was checked is what runs.
+@triton.jit(do_not_specialize=["text_rows", "text_len", "image_len"])
 def _kernel(
     qkv,
     text_query_norm,
