@@ -115,7 +115,6 @@ def random_models(
     elif offload == "modulation":
         for layer in transformer.modulations():
             layer.to(cpu)
-    pin(parts.values(), device)
     tiny = weights.find("tiny").folder
     return Models(
         **parts,
@@ -182,7 +181,7 @@ def krea_of(
         )
     place = choose_device(device)
     checker = weights.find("tiny").folder / "safety_checker"
-    return Krea(
+    krea = Krea(
         random_models(place, choose_dtype(dtype, place), engine=engine, offload=offload),
         device=place,
         label="random-12b",
@@ -193,3 +192,6 @@ def krea_of(
         batch_size=batch_size,
         progress=False,
     )
+    parts = (krea.models.transformer, krea.models.vae, krea.models.text_encoder)
+    pin((*parts, krea.models.text_encoder_2), place)
+    return krea

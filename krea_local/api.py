@@ -169,8 +169,6 @@ def _load(
                 engine=engine,
                 on_bytes=bar.advance,
             )
-            parts = (models.transformer, models.vae, models.text_encoder, models.text_encoder_2)
-            memory.pin(parts, device)
     finally:
         bar.close()
 
@@ -192,6 +190,8 @@ def _load(
         compile=compile,
         group=group,
     )
+    parts = (models.transformer, models.vae, models.text_encoder, models.text_encoder_2)
+    memory.pin(parts, device)
     with torch.inference_mode():
         krea.prepare(level)  # compiles kernels, so that the first picture need not
     return krea

@@ -88,7 +88,7 @@ def on_device(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
 def pin(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Lock the weights that lie in host memory there, so that they reach a GPU at full speed.
 
-    In place: torch's own pinned memory is rounded up to powers of two, and would take a third more.
+    In place, so the weights must not be laid out anew afterwards: torch's own pinned memory is rounded up to powers of two, and would take a third more.
     What cannot be locked (`ulimit -l`, little memory) stays as it is, and is copied more slowly.
     """
     if device.type != "cuda":
@@ -104,7 +104,8 @@ def pin(modules: Iterable[nn.Module], device: torch.device) -> None:
         if failed:
             error = failed
         else:
-            weakref.finalize(parameter, runtime.cudaHostUnregister, address)
+            unlock = weakref.finalize(parameter, runtime.cudaHostUnregister, address)
+            unlock.atexit = False  # CUDA may be gone by then, and the memory goes anyway
     if error:
         logger.warning("some host memory cannot be locked: CUDA error %d", error)
         with contextlib.suppress(RuntimeError):

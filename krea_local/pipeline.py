@@ -252,14 +252,14 @@ class Krea:
         # Before the lock: fetching an image is not the GPU's business.
         planned = self._plan_size(request)
         with self._lock:
-            with self._switch:
-                self._cancelled.clear()
-                self._running = threading.current_thread()
             if self._apart:
                 raise GenerationFailed(
                     "a call failed, so that the processes that draw together are at different "
                     "places: start them again"
                 )
+            with self._switch:
+                self._cancelled.clear()
+                self._running = threading.current_thread()
             try:
                 self._apart = self.group is not None
                 with (
