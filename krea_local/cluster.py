@@ -131,6 +131,7 @@ def join(device: str | torch.device = "auto") -> Ulysses:
 
     Raises:
         DeviceUnavailable: more processes than GPUs on a machine, or not started by torchrun.
+        InvalidRequest: no such kind of device.
     """
     if "RANK" not in os.environ:
         raise DeviceUnavailable(
@@ -147,7 +148,10 @@ def join(device: str | torch.device = "auto") -> Ulysses:
             )
         else:
             device = torch.device("cuda", local)
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequest(f"device={device!r}: should be 'auto', 'cuda' or 'cpu'") from error
     options: dict[str, Any] = {}
     if place.type == "cuda":
         torch.cuda.set_device(place)

@@ -88,8 +88,9 @@ def on_device(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
 def pin(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Lock the weights that lie in host memory there, so that they reach a GPU at full speed.
 
-    In place, so the weights must not be laid out anew afterwards: torch's own pinned memory is rounded up to powers of two, and would take a third more.
-    What cannot be locked (`ulimit -l`, little memory) stays as it is, and is copied more slowly.
+    In place, since torch's own pinned memory is rounded up to powers of two and would take a third
+    more; so the weights must not be laid out anew afterwards. What cannot be locked (`ulimit -l`,
+    little memory) stays as it is, and is copied more slowly.
     """
     if device.type != "cuda":
         return

@@ -163,6 +163,14 @@ def test_more_processes_than_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) 
         cluster.join()
 
 
+def test_an_unknown_device_is_refused_before_anybody_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InvalidRequest, match="device='gpu': should be 'auto', 'cuda' or 'cpu'"):
+        cluster.join("gpu")
+
+
 def test_diffusers_transformer_is_not_shared(krea_diffusers: Krea) -> None:
     with pytest.raises(InvalidRequest, match="engine='diffusers' does not share"):
         Krea(
