@@ -35,7 +35,7 @@ from benchmarks.peers import PEERS, Draw
 from benchmarks.random_model import as_diffusers, krea_of
 from krea_local import vae
 from krea_local.engine import Engine
-from krea_local.errors import KreaError
+from krea_local.errors import InvalidRequest, KreaError
 from krea_local.info import versions
 from krea_local.pipeline import Krea
 from krea_local.sampling import latent_ids
@@ -88,6 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--engines {engine}: should be one of {', '.join(sorted(known))}")
     lines: list[dict[str, Any]] = []
     try:
+        for size in (*options.sizes, options.main_size):
+            if any(side % 16 for side in parse_size(size)):
+                raise InvalidRequest(f"size {size}: should be multiples of 16")
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.open("x").close()
@@ -101,9 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
                 run.engine.forget()  # so that the next part's peak memory is its own
     except (KreaError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
     finally:
-        print(table(lines))
-    return 0
+        if lines:
+            print(table(lines))
+    return int(any(line["kind"] == "part" for line in lines))
 
 
 class Run:

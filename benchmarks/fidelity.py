@@ -294,8 +294,10 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise InvalidRequest(f"--sheet {options.sheet}: should end in .png")
     for name in ("sheet", "output"):
         file = getattr(options, name)
-        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise InvalidRequest(f"--{name} {file}: should be a file in a folder that is there")
+        if file and file.is_dir():
+            raise InvalidRequest(f"--{name} {file}: should be a file")
+        if file:
+            file.absolute().parent.mkdir(parents=True, exist_ok=True)
 
 
 def _packages(metrics: Sequence[Metric]) -> list[str]:

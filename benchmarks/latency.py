@@ -54,15 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="append the JSON line to this file too")
     options = parser.parse_args(arguments)
     try:
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.open("a").close()  # before all the work
         result = measure(options)
-    except KreaError as error:
+        print(table(result, options.gpu_price))
+        line = json.dumps(result)
+        print(line)
+        if options.output:
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    except (KreaError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    print(table(result, options.gpu_price))
-    line = json.dumps(result)
-    if options.output:
-        with options.output.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
     return 0
 
 

@@ -90,6 +90,8 @@ def load(
         raise InvalidRequest(f"engine={engine!r}: should be 'native' or 'diffusers'")
     if engine == "diffusers" and offload == "modulation":
         raise InvalidRequest("offload='modulation': should be 'none' or 'model' with 'diffusers'")
+    if type(compile) is not bool:
+        raise InvalidRequest(f"compile={compile!r}: should be True or False")
     if engine == "diffusers" and compile:
         raise InvalidRequest("compile=True: is for engine='native'")
     if not isinstance(safety_threshold, (int, float)) or not 0 <= safety_threshold <= 1:

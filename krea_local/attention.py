@@ -81,23 +81,23 @@ def choose(
     """The first candidate that works on `device`, and what failed before it, if not just absent."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return DEFAULT, None
-    notice = None
+    failed: list[str] = []
     for one in candidates(torch.cuda.get_device_capability(device)):
         if one is DEFAULT:
             break
-        if one is FLASH3 and importlib.util.find_spec("fa3_fwd_interface") is None:
-            continue
         try:
+            if one is FLASH3 and importlib.util.find_spec("fa3_fwd_interface") is None:
+                continue
             check(one, device, dtype, head_dim=head_dim)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # half installed, built for another torch, no kernel for d, ...
-            logger.warning("attention %s is not used: %s", one.name, error, exc_info=True)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            notice = f"attention {one.name} does not work here, the next best runs: {reason}"
+            logger.info("attention %s is not used: %s", one.name, error, exc_info=True)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            failed.append(f"attention {one.name} does not work here, slower: {reason}")
             continue
-        return one, notice
-    return DEFAULT, notice
+        return one, "; ".join(failed) or None
+    return DEFAULT, "; ".join(failed) or None
 
 
 def check(one: Attention, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> None:

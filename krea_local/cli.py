@@ -54,7 +54,8 @@ Request = Txt2ImgRequest | Img2ImgRequest
 OK, FAILED, USAGE, WEIGHTS, GPU, FILTERED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 EXIT_CODES = """exit codes:
   0 ok    1 failed    2 usage    3 weights or licence    4 GPU
-  5 every image was filtered    6 some of several prompts failed    130 interrupted"""
+  5 every image was filtered    6 some of several prompts failed    130 interrupted
+  143 terminated"""
 MAX_PROMPTS_CHARACTERS = 10_000_000
 DEBUG_VARIABLE = "KREA_LOCAL_DEBUG"
 EXTENSIONS = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
@@ -289,12 +290,15 @@ def _generate(parsed: argparse.Namespace) -> int:
     target, named_format = _target(given.get("output"), flags.get("output_format"))
     if named_format:
         arguments["output_format"] = named_format
+    if given.get("prompts") == "-" and "RANK" in os.environ:
+        raise InvalidRequest("--prompts -: several processes cannot share it; name a file")
     requests = [
         parsed.request.parse({**arguments, **prompt}, text=True)
         for prompt in _prompts(given, arguments)
     ]
     group = None
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started several of us
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    if several:  # torchrun has started us
         from krea_local.cluster import join
 
         group = join(given.get("device", "auto"))

@@ -53,6 +53,12 @@ class Ulysses:
         dist.broadcast_object_list(numbers, src=0, device=self.device)
         return numbers[0]
 
+    def all_equal(self, value: object) -> bool:
+        """Whether every process has the same value."""
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return all(one == value for one in values)
+
     def shard(self, tokens: Tensor) -> Tensor:
         """As `transformer.Group`; parts differ by one token at most."""
         return tokens.tensor_split(self.size, dim=1)[self.rank]
@@ -138,20 +144,22 @@ def join(device: str | torch.device = "auto") -> Ulysses:
             "several GPUs need several processes: torchrun --nproc-per-node 2 -m krea_local …"
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto" or str(device) == "cuda":
-        if not torch.cuda.is_available():
-            device = "cpu"
-        elif local >= torch.cuda.device_count():
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local >= count:
             raise DeviceUnavailable(
-                f"process {local} on this machine, which has {torch.cuda.device_count()} GPUs: "
-                "start as many processes as GPUs"
+                f"process {local} on this machine, which has {count} GPUs: start as many processes "
+                "as GPUs, or say device='cpu'"
             )
-        else:
-            device = torch.device("cuda", local)
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidRequest(f"device={device!r}: should be 'auto', 'cuda' or 'cpu'") from error
+        device = torch.device("cuda", local)
+    elif str(device) != "cpu":
+        raise InvalidRequest(
+            f"device={str(device)!r}: should be 'auto', 'cuda' or 'cpu' with several processes, "
+            "each of which takes the GPU of its number"
+        )
+    place = torch.device(device)
     options: dict[str, Any] = {}
     if place.type == "cuda":
         torch.cuda.set_device(place)

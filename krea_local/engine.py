@@ -159,7 +159,7 @@ class Engine:
         for how, settings in attempts.items():
             if settings == current:
                 continue
-            logger.warning("step %d failed and is repeated %s", step, how, exc_info=error)
+            logger.info("step %d failed and is repeated %s", step, how, exc_info=error)
             try:
                 result = self._step(settings, latents, conditioning, step, cache)
             except Exception as again:
@@ -170,7 +170,7 @@ class Engine:
             self.settings[level] = settings
             if not any(one.float8 for one in self.settings.values()):
                 self._float8 = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             notice = f"failed and runs {how} from now on, slower: {reason}"
             self.notices[level] = (f"acceleration={level!r} {notice}",)
             return result

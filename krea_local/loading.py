@@ -38,6 +38,7 @@ HARMLESS_TENSORS = (
     r"|^logit_scale$|^vision_model\.|^decoder\.|^lm_head\.|(^|\.)pooler\."
 )
 
+MAX_BLOCKS = 1000  # FLUX.1 has 19 and 38
 MIN_MERGES = 10  # CLIP's has 48,894
 
 EngineName = Literal["native", "diffusers"]
@@ -169,7 +170,18 @@ def check_layout(checkpoint: Checkpoint) -> None:
     kind = config.get("_class_name", "FluxTransformer2DModel")
     if kind != "FluxTransformer2DModel":
         raise UnsupportedModel(other_model(f"{str(folder)!r} holds a {kind}"))
-    if not config.get("guidance_embeds"):
+    for name in ("num_layers", "num_single_layers"):
+        count = config.get(name, 1)
+        if type(count) is not int or not 1 <= count <= MAX_BLOCKS:
+            raise WeightsInvalid(
+                f"{str(folder / 'transformer' / 'config.json')!r} has {name}={count!r}, which "
+                f"should be a number from 1 to {MAX_BLOCKS}"
+            )
+    if config.get("patch_size", 1) != 1:
+        raise UnsupportedModel(
+            other_model(f"{str(folder)!r} has patch_size={config['patch_size']!r}, not 1")
+        )
+    if config.get("guidance_embeds") is not True:
         raise UnsupportedModel(
             other_model(f"{str(folder)!r} has no guidance embedding, like FLUX.1 [schnell]")
         )

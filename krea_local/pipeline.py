@@ -266,6 +266,7 @@ class Krea:
                     torch.inference_mode(),
                     explained_out_of_memory(OUT_OF_MEMORY_ADVICE[self.offload]),
                 ):
+                    request = self._agreed(request, planned[0])
                     result = self._run(request, *planned, on_step)
                 self._apart = False
             finally:
@@ -545,11 +546,27 @@ class Krea:
         """`request` with this model's defaults where it names none, and its seed fixed."""
         own = {"guidance_scale": self.guidance_scale, "acceleration": self.acceleration}
         unset = {name: own[name] for name in own if name not in request.model_fields_set}
-        seeded = request.model_copy(update=unset).with_seed()
-        if self.group is None or request.seed is not None:
-            return seeded
-        assert seeded.seed is not None
-        return seeded.model_copy(update={"seed": self.group.agree(seeded.seed)})
+        return request.model_copy(update=unset).with_seed()
+
+    def _agreed(
+        self, request: Txt2ImgRequest | Img2ImgRequest, input_image: InputImage | None
+    ) -> Txt2ImgRequest | Img2ImgRequest:
+        """`request` with the first process's seed, which may be random.
+
+        Raises:
+            InvalidRequest: other processes are asked for something else.
+        """
+        if self.group is None:
+            return request
+        assert request.seed is not None
+        request = request.model_copy(update={"seed": self.group.agree(request.seed)})
+        asked = request.model_dump(exclude={"image_url"})
+        if not self.group.all_equal((asked, input_image and input_image.sha256)):
+            raise InvalidRequest(
+                "the processes that draw together are asked for different pictures: give each the "
+                "same parameters and the same input image"
+            )
+        return request
 
     def _plan_size(
         self, request: Txt2ImgRequest | Img2ImgRequest

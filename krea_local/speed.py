@@ -136,8 +136,8 @@ def float8_linears(settings: Settings, place: Place) -> tuple[Settings, Notice]:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # this torch, or its CUDA, cannot do it on this GPU
-            logger.warning("8-bit products are not used", exc_info=True)
-            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.info("8-bit products are not used", exc_info=True)
+            detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             reason = f"8-bit products do not work here: {detail}"
         else:
             return replace(settings, float8=True), None

@@ -137,6 +137,7 @@ def test_cuda_without_a_gpu_says_so() -> None:
             "offload='all': should be one of 'none', 'modulation', 'model'",
         ),
         ({"engine": "fast"}, InvalidRequest, "engine='fast': should be 'native' or 'diffusers'"),
+        ({"compile": "no"}, InvalidRequest, "compile='no': should be True or False"),
         ({"engine": "diffusers", "compile": True}, InvalidRequest, "is for engine='native'"),
         ({"engine": "diffusers", "offload": "modulation"}, InvalidRequest, "with 'diffusers'"),
         ({"acceleration": "max"}, InvalidRequest, "acceleration='max': should be one of 'none'"),

@@ -83,6 +83,7 @@ def test_hopper_gets_flash_attention_3_where_it_is_installed(
 def test_a_half_installed_flash_attention_3_is_named_and_the_next_is_taken(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     (tmp_path / "fa3_fwd_interface.py").write_text("raise ImportError('undefined symbol: aoti')")
     monkeypatch.syspath_prepend(tmp_path)
     tried = []
@@ -100,6 +101,21 @@ def test_a_half_installed_flash_attention_3_is_named_and_the_next_is_taken(
     assert "undefined symbol: aoti" in notice
     assert tried == ["fa3", "cudnn"]
     assert "attention fa3 is not used" in caplog.text
+
+
+@pytest.mark.usefixtures("hopper")
+def test_all_that_failed_is_named_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(one: Attention, *_: object, **__: object) -> None:
+        raise RuntimeError(f"{one.name} is broken" + 900 * "!")
+
+    monkeypatch.setattr(attention, "check", check)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name)
+    chosen, notice = attention.choose(CUDA, torch.bfloat16, head_dim=128)
+    assert chosen is DEFAULT
+    assert notice is not None
+    assert "fa3 is broken" in notice
+    assert "cudnn is broken" in notice
+    assert len(notice) < 600
 
 
 def test_choosing_changes_no_setting_of_the_process() -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import krea_local
+import krea_local.cli
 from krea_local import DeviceUnavailable, InvalidRequest, cluster
 from krea_local.pipeline import Krea
 
@@ -72,6 +73,8 @@ from test_transformer import Inputs, distance, make
 
 group = cluster.join("cpu")
 assert (group.size, group.agree(10 + group.rank)) == (2, 10)
+assert group.all_equal(("a", None))
+assert not group.all_equal(group.rank)
 ours, _ = make(num_attention_heads=4)
 for batch, text, rows, columns in ((1, 4, 2, 2), (1, 5, 3, 3), (2, 3, 1, 5), (3, 1, 1, 1)):
     inputs = Inputs(batch=batch, text=text, rows=rows, columns=columns)
@@ -137,6 +140,12 @@ def test_after_a_failure_processes_draw_no_more(tiny_folder: Path) -> None:
         def __init__(self) -> None:
             self.rank, self.size, self.device = 0, 1, torch.device("cpu")
 
+        def agree(self, number: int) -> int:
+            return number
+
+        def all_equal(self, value: object) -> bool:
+            return True
+
     def stop(progress: krea_local.Progress) -> None:
         raise krea_local.Cancelled("enough")
 
@@ -167,8 +176,38 @@ def test_an_unknown_device_is_refused_before_anybody_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(InvalidRequest, match="device='gpu': should be 'auto', 'cuda' or 'cpu'"):
-        cluster.join("gpu")
+    for device in ("gpu", "cuda:1"):
+        with pytest.raises(InvalidRequest, match=f"'{device}': should be 'auto', 'cuda' or 'cpu'"):
+            cluster.join(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceUnavailable, match="process 0 on this machine, which has 0 GPUs"):
+        cluster.join("cuda")  # and not the CPU, unasked
+
+
+def test_processes_asked_for_different_pictures_refuse(tiny_folder: Path) -> None:
+    class Other(cluster.Ulysses):
+        def __init__(self) -> None:
+            self.rank, self.size, self.device = 0, 1, torch.device("cpu")
+
+        def agree(self, number: int) -> int:
+            return 5  # the first process's
+
+        def all_equal(self, value: object) -> bool:
+            asked, image = value
+            assert (asked["prompt"], asked["seed"], image) == ("a fox", 5, None)
+            return False
+
+    model = krea_local.load(tiny_folder, dtype="float32", group=Other())
+    with pytest.raises(InvalidRequest, match="asked for different pictures"):
+        model.txt2img("a fox", num_inference_steps=1)
+
+
+def test_prompts_from_standard_input_cannot_be_shared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert krea_local.cli.main(["txt2img", "--prompts", "-", "--model", "tiny"]) == 2
+    assert "several processes cannot share it; name a file" in capsys.readouterr().err
 
 
 def test_diffusers_transformer_is_not_shared(krea_diffusers: Krea) -> None:

@@ -116,6 +116,31 @@ def test_a_file_of_results_is_never_written_over(tmp_path: Path) -> None:
     assert output.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("size", "message"), [("100x96", "multiples of 16"), ("banana", "WIDTHxHEIGHT")]
+)
+def test_a_size_that_cannot_be_drawn_is_refused_at_once(
+    size: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--model", "nowhere", "--sizes", size])
+    assert message in capsys.readouterr().err
+
+
+def test_a_part_that_fails_is_told_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(run: compare.Run) -> None:
+        raise AssertionError
+
+    monkeypatch.setitem(compare.PARTS, "ours", fails)
+    monkeypatch.setitem(compare.PARTS, "ceilings", lambda run: run.write("ceilings"))
+    assert compare.main([*SHORT, "--parts", "ours", "ceilings"]) == 1
+    lines = [json.loads(one) for one in capsys.readouterr().out.splitlines() if one[:1] == "{"]
+    assert [line["kind"] for line in lines] == ["part", "ceilings"]
+    assert lines[0]["failed"] == "AssertionError: "
+
+
 def test_an_unknown_engine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare.main([*SHORT, "--engines", "diffusers:slow"])

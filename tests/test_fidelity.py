@@ -324,8 +324,8 @@ def test_the_built_in_prompts_are_as_many_as_the_goals_want() -> None:
     ("options", "said"),
     [
         (["--sheet", "sheet.jpeg"], "should end in .png"),
-        (["--sheet", "nowhere/sheet.png"], "a file in a folder that is there"),
-        (["--output", "."], "a file in a folder that is there"),
+        (["--sheet", "."], "should end in .png"),
+        (["--output", "."], "--output .: should be a file"),
         (["--prompts", "nowhere.txt"], "No such file"),
         (["--image-size", "big"], "should be WIDTHxHEIGHT or a preset"),
         (["--clip", "nowhere"], "no tokenizer.json or vocab.json"),

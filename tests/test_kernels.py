@@ -178,6 +178,7 @@ def test_the_cpu_runs_plain_torch_without_excuse() -> None:
 def test_where_kernels_fail_plain_torch_runs_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     chosen, notice = kernels.choose(torch.device("cuda"), torch.bfloat16, heads=2, head_dim=16)
     assert chosen is PLAIN
     assert notice is not None

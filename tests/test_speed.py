@@ -344,6 +344,7 @@ def test_an_interrupted_choice_of_kernels_is_made_again(
 def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
     fresh: Krea, krea: Krea, level: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     settings = fresh.prepare(level)
     operations = dataclasses.replace(PLAIN, qk_norm_rotary=broken)
     fresh.engine.settings[level] = dataclasses.replace(

@@ -79,8 +79,8 @@ def choose(
         raise
     except Exception as error:  # a missing compiler, a GPU that Triton does not know, ...
         wanted = "torch.compile's" if compiled else "Triton"
-        logger.warning("%s kernels are not used: %s", wanted, error, exc_info=True)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.info("%s kernels are not used: %s", wanted, error, exc_info=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return PLAIN, f"plain torch operations run instead of {wanted} kernels, slower: {reason}"
     return kernels, None
 
