@@ -133,7 +133,7 @@ class Engine:
         return velocity
 
     def forget(self) -> None:
-        """Drop what is kept from call to call: 60 MB, and the weights in 8-bit floats."""
+        """Drop what is kept from call to call: 80 MB, and the weights in 8-bit floats."""
         self._conditioning = None
         self._float8 = None
 

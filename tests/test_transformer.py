@@ -240,6 +240,28 @@ def test_modulation_is_27_percent_of_the_true_model() -> None:
     assert 2 * (total - spared) / 2**30 < 16.15  # GiB in bfloat16, while denoising
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_true_model_takes_1024_pixels_and_a_table_of_80_megabytes(batch: int) -> None:
+    with torch.device("meta"):  # shapes only
+        model = FluxTransformer(Config()).to(torch.bfloat16).requires_grad_(False)
+        half = model.in_float8(PLAIN, torch.device("meta"))
+        conditioning = model.condition(
+            torch.empty(1, 512, 4096, dtype=torch.bfloat16),
+            torch.empty(1, 768, dtype=torch.bfloat16),
+            timesteps=torch.empty(28),
+            guidance=torch.empty(1),
+            txt_ids=torch.empty(512, 3),
+            img_ids=torch.empty(4096, 3),
+        )
+        latents = torch.empty(batch, 4096, 64, dtype=torch.bfloat16)
+        for one in (model, half):
+            assert one(latents, conditioning, 27).shape == latents.shape
+    tables = (*conditioning.double, *conditioning.single, conditioning.final)
+    assert sum(table.nbytes for table in tables) == pytest.approx(79e6, rel=0.01)
+    weights = {id(p): p.nbytes for module in half.step_modules() for p in module.parameters()}
+    assert sum(weights.values()) / 2**30 == pytest.approx(8.1, abs=0.05)
+
+
 def test_8_bit_floats_round_each_product_by_4_percent_and_share_all_else() -> None:
     ours, _ = make(num_attention_heads=8, scale=0.06)
     inputs = Inputs(rows=8, columns=8)
