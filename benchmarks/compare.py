@@ -49,8 +49,6 @@ UNSEEN = ("512x512", "768x1344", "1280x1280")  # right after the first pictures 
 TEXT_TOKENS = 512
 HALF = Skipping(computed=0.5)
 
-Write = Callable[[dict[str, Any]], None]
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -263,7 +261,7 @@ def limits(run: Run) -> None:
 
 
 def ours(run: Run) -> None:
-    """Every level at every size and batch, then sizes in a row that it has not seen."""
+    """Every level at every size and batch; after the first, sizes in a row that it has not seen."""
     for level in get_args(Acceleration):
         engine = f"krea_local:{level}"
         if not run.wanted(engine):

@@ -135,7 +135,8 @@ def as_diffusers(transformer: FluxTransformer, dtype: torch.dtype | None = None)
     config = transformer.config
     table = pieces(config.num_layers, config.num_single_layers)
     state = to_diffusers(transformer.state_dict(), table, config.hidden_size)
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -149,7 +150,8 @@ def _filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if tensor.ndim > 1:
             filled.normal_(0, 0.02, generator=generator)
         else:
-            filled.fill_(1.0 if key.endswith("weight") else 0.0)
+            # Of queries and keys too, whose norms are called "scale": zeros would run faster.
+            filled.fill_(1.0 if key.endswith(("weight", "scale")) else 0.0)
         state[key] = filled
     model.load_state_dict(state, assign=True)
     if hasattr(model, "tie_weights"):

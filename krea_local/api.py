@@ -62,10 +62,10 @@ def load(
             lets encoders, transformer and VAE take turns, about 17 GiB. The picture is the same.
         acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
             "regular" multiplies in 8-bit floats, "high" also skips steps; `speed.LEVELS` has all.
-        engine: "native" is our transformer; "diffusers" is theirs, slower, to compare with.
+        engine: "native" is our transformer; "diffusers" is theirs, to compare with.
         compile: have torch.compile make the operations between matrix products instead of taking
             our Triton kernels, which were written for data-centre GPUs; try it on another.
-            Takes its time once (a minute and a half on a CPU), then comes from a cache on disk.
+            Takes its time once (minutes on a CPU), then comes from a cache on disk.
         safety_checker: a folder or hub id. A checkpoint folder's own `safety_checker/` goes first.
             It is read before the first picture that is screened, and fetched only if the model
             itself was named by hub id.

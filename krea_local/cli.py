@@ -242,7 +242,7 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--engine",
-        help='"native" or, slower, "diffusers": whose transformer runs (default: native)',
+        help='"native" or "diffusers": whose transformer runs (default: native)',
     )
     group.add_argument(
         "--compile",

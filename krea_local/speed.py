@@ -1,7 +1,7 @@
 """What `acceleration` means: levels, each an ordered list of named steps.
 
 A step changes one thing of how the transformer runs; its docstring says what, what it needs and
-whether pixels change. The pipeline walks the list of a level, and so does the waterfall of
+whether pixels change. The engine walks the list of a level, and so does the waterfall of
 `python -m benchmarks.compare`, which measures what each step brings.
 """
 

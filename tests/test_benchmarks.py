@@ -73,6 +73,14 @@ def test_random_weights_fill_every_tensor_and_are_never_zero(
             assert tensor.dtype == torch.bfloat16
             assert tensor.isfinite().all()
             assert tensor.ndim == 1 or float(tensor.float().std()) == pytest.approx(0.02, rel=0.2)
+    for name, tensor in models.transformer.named_parameters():
+        if tensor.ndim == 1:  # zeros in the norms of queries and keys would make attention faster
+            assert (tensor == (1 if name.endswith("scale") else 0)).all(), name
+    shared = random_model.as_diffusers(models.transformer)
+    assert (
+        shared.single_transformer_blocks[0].proj_out.weight.data_ptr()
+        == models.transformer.single_blocks[0].linear2.weight.data_ptr()
+    )
     t5 = models.text_encoder_2
     assert t5.shared.weight is t5.encoder.embed_tokens.weight
     size = {"width": 64, "height": 64}
