@@ -371,7 +371,6 @@ class Krea:
             sigmas = sigmas[steps - steps_to_run(steps, request.strength) :]
             latent_map = add_noise(clean, latent_map, sigmas[0])
         prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(request.prompt)
-        assert request.guidance_scale is not None
         task = Task(
             prompt_embeds,
             pooled_prompt_embeds,
