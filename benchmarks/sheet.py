@@ -61,7 +61,7 @@ def contact_sheet(result: Mapping[str, Any], rows: Sequence[Row]) -> Image.Image
     for number, row in enumerate(rows):
         top = HEAD + number * row_height
         draw.line((MARGIN, top, size[0] - MARGIN - 1, top), fill=LINE)
-        _draw_text(
+        draw_text(
             draw, (MARGIN, top + 7), " ".join(row.prompt.split()), 14, INK, size[0] - 2 * MARGIN
         )
         for left, thumbnail in zip(lefts, row.thumbnails, strict=True):
@@ -72,7 +72,7 @@ def contact_sheet(result: Mapping[str, Any], rows: Sequence[Row]) -> Image.Image
             room = 2 * cell + GAP if column else cell
             for line, text in enumerate(_captions(shots[level["acceleration"]], result["steps"])):
                 at = (left, top + CAPTION + height + 4 + line * FIGURES)
-                _draw_text(draw, at, text, 12, GREY, room)
+                draw_text(draw, at, text, 12, GREY, room)
     return sheet
 
 
@@ -86,16 +86,16 @@ def _draw_head(
         f"{result['dtype']} on {result['device']}{emulated}"
     )
     across = lefts[-1] + cell - MARGIN
-    _draw_text(draw, (MARGIN, 14), title, 20, INK, across)
-    _draw_text(draw, (MARGIN, 41), about, 12, GREY, across)
+    draw_text(draw, (MARGIN, 14), title, 20, INK, across)
+    draw_text(draw, (MARGIN, 41), about, 12, GREY, across)
     for column, level in enumerate(result["levels"]):
         left, name = lefts[max(0, 2 * column - 1)], level["acceleration"]
         speed_up = f", {level['speedup']:.2f}x as fast" if column else ""
-        _draw_text(draw, (left, 64), name, 15, INK, cell)
-        _draw_text(draw, (left, 84), f"{level['seconds']:.2f} s{speed_up}", 12, GREY, cell)
+        draw_text(draw, (left, 64), name, 15, INK, cell)
+        draw_text(draw, (left, 84), f"{level['seconds']:.2f} s{speed_up}", 12, GREY, cell)
         if column:
             text = f"{name} - none, {AMPLIFIED}x"
-            _draw_text(draw, (left + cell + GAP, 64), text, 15, INK, cell)
+            draw_text(draw, (left + cell + GAP, 64), text, 15, INK, cell)
 
 
 def _captions(shot: Shot, steps: int) -> list[str]:
@@ -113,7 +113,7 @@ def _captions(shot: Shot, steps: int) -> list[str]:
     return [",  ".join(parts) for parts in (distances, scores) if parts]
 
 
-def _draw_text(
+def draw_text(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, ink: str, width: int
 ) -> None:
     """One line of text, cut where it would be wider than `width`."""

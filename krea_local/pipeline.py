@@ -318,7 +318,7 @@ class Krea:
 
     @torch.inference_mode()
     def encode_image(self, image: Image.Image) -> Tensor:
-        """Image → latent map [1, 16, H/8, W/8]: the mode of the posterior, so without chance."""
+        """Image → latent map [1, 16, h, w]: the mode of the posterior, so without chance."""
         model = self.models.vae
         with self._resident(model):
             pixels = image_to_pixels(image).to(self.device, self.dtype)

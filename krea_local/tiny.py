@@ -3,6 +3,9 @@
 `write_tiny(folder)` makes what `load("tiny")` reads, so that everything runs in seconds without a
 GPU or a download. Every class, file name and tensor name is that of the 12 B checkpoint, so no
 other code knows that it is tiny. Its pictures are coloured noise: the weights were never trained.
+
+The parts of writing are of use to whoever makes another small checkpoint, as
+`benchmarks.miniature` does.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,15 @@ def write_tiny(folder: Path) -> Path:
     Raises:
         OutputFailed: `folder` holds something else, or cannot be written.
     """
+    return write_checkpoint(folder, _write)
+
+
+def write_checkpoint(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Have `write` fill a folder that becomes `folder` when it is whole.
+
+    Raises:
+        OutputFailed: `folder` holds something else, or cannot be written.
+    """
     from safetensors import SafetensorError
 
     folder = folder.absolute()
@@ -44,7 +56,7 @@ def write_tiny(folder: Path) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputFailed(f"{str(folder)!r} is not an empty folder: name another")
         partial.mkdir(parents=True)
-        _write(partial)
+        write(partial)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -61,15 +73,17 @@ def write_tiny(folder: Path) -> Path:
 def _write(folder: Path) -> None:
     import torch
 
-    _write_tokenizers(folder)
-    vocabulary = len(json.loads((folder / "tokenizer" / "vocab.json").read_bytes()))
-    t5_vocabulary = len(
-        json.loads((folder / "tokenizer_2" / "tokenizer.json").read_bytes())["model"]["vocab"]
-    )
+    vocabulary, t5_vocabulary = write_tokenizers(folder, _WORDS, map(chr, range(33, 127)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, model in _models(vocabulary, t5_vocabulary):
-            _save(model, folder / name)
+            save_model(model, folder / name)
+        write_safety_checker(folder / "safety_checker")
+    write_settings(folder)
+
+
+def write_settings(folder: Path) -> None:
+    """Write what FLUX.1's folder says of its parts and of its noise levels."""
     _write_json(
         folder / "model_index.json",
         {
@@ -96,32 +110,15 @@ def _write(folder: Path) -> None:
             "use_dynamic_shifting": True,
         },
     )
-    _write_json(
-        folder / "safety_checker" / "preprocessor_config.json",
-        {
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "ViTImageProcessor",
-            "image_std": [0.5, 0.5, 0.5],
-            "resample": 2,
-            "rescale_factor": 1 / 255,
-            "size": {"height": 32, "width": 32},
-        },
-    )
 
 
 def _models(clip_vocabulary: int, t5_vocabulary: int) -> Iterator[tuple[str, nn.Module]]:
-    import torch
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
         T5Config,
         T5EncoderModel,
-        ViTConfig,
-        ViTForImageClassification,
     )
 
     yield (
@@ -189,13 +186,26 @@ def _models(clip_vocabulary: int, t5_vocabulary: int) -> Iterator[tuple[str, nn.
             )
         ),
     )
+
+
+def write_safety_checker(folder: Path, *, width: int = 32, side: int = 32) -> None:
+    """Write a checker that was never trained, and so flags nothing.
+
+    Args:
+        folder: new.
+        width: of its layers.
+        side: of the images it looks at, in pixels; a multiple of 16.
+    """
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
     checker = ViTForImageClassification(
         ViTConfig(
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=2,
-            image_size=32,
+            image_size=side,
             patch_size=16,
             id2label={0: "normal", 1: "nsfw"},
             label2id={"normal": 0, "nsfw": 1},
@@ -203,10 +213,24 @@ def _models(clip_vocabulary: int, t5_vocabulary: int) -> Iterator[tuple[str, nn.
     )
     with torch.no_grad():  # an untrained checker has no business flagging anything
         checker.classifier.bias.copy_(torch.tensor([4.0, -4.0]))
-    yield "safety_checker", checker
+    save_model(checker, folder)
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "ViTImageProcessor",
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "size": {"height": side, "width": side},
+        },
+    )
 
 
-def _save(model: Any, folder: Path) -> None:
+def save_model(model: Any, folder: Path) -> None:
     """Write `model` in its library's format, under the tensor names of the published checkpoint."""
     import torch
     from safetensors.torch import save_file
@@ -230,7 +254,17 @@ def _save(model: Any, folder: Path) -> None:
     save_file(state, folder / file, metadata={"format": "pt"})
 
 
-def _write_tokenizers(folder: Path) -> None:
+def write_tokenizers(
+    folder: Path, words: Sequence[str], characters: Iterable[str], *, clip_vocabulary: int = 600
+) -> tuple[int, int]:
+    """Write CLIP's and T5's tokenizers, and return the sizes of their vocabularies.
+
+    Args:
+        folder: of the checkpoint.
+        words: for both to know. CLIP's takes letters and parts of words besides.
+        characters: that T5's knows besides; every other text is unknown to it.
+        clip_vocabulary: most pieces CLIP's may have.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     start, end = "<|startoftext|>", "<|endoftext|>"
@@ -238,9 +272,9 @@ def _write_tokenizers(folder: Path) -> None:
     clip.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     clip.train_from_iterator(
-        _WORDS,
+        [word for word in words if word == word.lower()],  # CLIP reads everything in lower case
         trainers.BpeTrainer(
-            vocab_size=600,
+            vocab_size=clip_vocabulary,
             special_tokens=[start, end, *(letter + "</w>" for letter in alphabet)],
             initial_alphabet=alphabet,
             end_of_word_suffix="</w>",
@@ -249,7 +283,7 @@ def _write_tokenizers(folder: Path) -> None:
     )
     model = json.loads(clip.to_str())["model"]
     merges = [" ".join(pair) for pair in model["merges"]]
-    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     _write_json(folder / "tokenizer" / "vocab.json", model["vocab"])
     (folder / "tokenizer" / "merges.txt").write_text(
         "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8"
@@ -266,8 +300,8 @@ def _write_tokenizers(folder: Path) -> None:
         },
     )
 
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
-    pieces += [f"▁{word}" for word in dict.fromkeys(_WORDS)]
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *characters]
+    pieces += [f"▁{word}" for word in dict.fromkeys(words)]
     # Longer pieces score higher than their letters together, so words stay whole.
     scores = [(piece, 0.0 if rank < 3 else -5.0) for rank, piece in enumerate(pieces)]
     t5 = Tokenizer(models.Unigram(scores, unk_id=2, byte_fallback=False))
@@ -279,7 +313,7 @@ def _write_tokenizers(folder: Path) -> None:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     t5.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    (folder / "tokenizer_2").mkdir()
+    (folder / "tokenizer_2").mkdir(exist_ok=True)
     t5.save(str(folder / "tokenizer_2" / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_2" / "tokenizer_config.json",
@@ -292,6 +326,7 @@ def _write_tokenizers(folder: Path) -> None:
             "unk_token": "<unk>",
         },
     )
+    return len(model["vocab"]), len(pieces)
 
 
 def _write_json(path: Path, content: object) -> None:

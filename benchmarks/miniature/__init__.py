@@ -1,0 +1,1 @@
+"""The miniature: how the small trained checkpoint in the box was made, and how well it draws."""

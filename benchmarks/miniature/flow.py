@@ -1,0 +1,275 @@
+"""Training the flow with its text encoders, then guidance distilled into it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from unittest import mock
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from benchmarks.miniature import models, muon, state
+from benchmarks.miniature.captions import Encoders, caption
+from benchmarks.miniature.curve import Curve
+from benchmarks.miniature.latents import Pictures
+from benchmarks.miniature.scenes import Scene
+from krea_local.sampling import latent_ids, pack
+
+STEPS = 7000
+THING_WEIGHT = 4.0
+TOKEN = 2 * models.DOWNSAMPLING  # pixels
+RATES = {"muon": 5e-3, "adamw": 3e-3}
+TOKENS = 3072  # of pictures, in a batch
+# Up to here the smallest pictures alone, from which most is learned soonest.
+SMALL_UNTIL = 0.2
+FALLING_FROM = 0.6
+NO_CAPTION = 0.1
+AVERAGE = 0.998
+DISTILL_STEPS = 300
+DISTILL_SHARE = 0.3  # of the rates
+GUIDANCE = (1.0, 20.0)
+# The teacher's guidance is g for small g, and less than this above 1 for all: pictures burn there.
+MOST_GUIDANCE = 10.0
+SAVE_EVERY = 200
+# None of these is a map from one hidden space to another.
+NOT_MUON = ("embed", "shared", "norm", "relative_attention_bias", "proj_out", "position")
+SMALL = (512, 512)
+
+
+class Model(nn.Module):
+    """Everything that draws except the autoencoder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.encoders = Encoders(folder)
+        self.transformer = models.transformer()
+
+
+def velocity(
+    transformer: FluxTransformer2DModel,
+    latents: Tensor,
+    sigma: Tensor,
+    text: tuple[Tensor, Tensor, Tensor],
+    rows: int,
+    columns: int,
+    guidance: Tensor,
+) -> Tensor:
+    """What the transformer predicts for tokens [B, S, 64], as float32."""
+    embeds, pooled, weights = text
+    # Every token reads as many paddings as there would be: one, with the logarithm of their number.
+    bias = torch.cat([weights, torch.zeros(latents.shape[1])])
+    with mock.patch.object(functional, "scaled_dot_product_attention", _attention):
+        predicted = transformer(
+            hidden_states=latents,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            timestep=sigma,
+            guidance=guidance,
+            img_ids=latent_ids(rows=rows, columns=columns),
+            txt_ids=torch.zeros(embeds.shape[1], 3),
+            joint_attention_kwargs={"attention_mask": bias[None, None, None, :]},
+            return_dict=False,
+        )[0]
+    velocity: Tensor = predicted.float()
+    return velocity
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **_: object) -> Tensor:
+    """In plain products: for so few tokens torch's own took three times as long, there and back."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT + attn_mask.to(query.dtype)
+    read: Tensor = scores.softmax(-1) @ value
+    return read
+
+
+@dataclass
+class Batch:
+    latents: Tensor  # [B, S, 64]
+    weights: Tensor  # [B, S]
+    captions: list[str]
+    rows: int
+    columns: int
+
+
+def batch(pictures: Pictures, random: Random, *, small: bool) -> Batch:
+    sizes = list(pictures)
+    size = SMALL if small or random.random() < 0.3 else random.choice(sizes)
+    scenes, latents = pictures[size]
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    picked = [random.randrange(len(scenes)) for _ in range(TOKENS // (rows * columns))]
+    weights = torch.stack([_weights(scenes[index], *size) for index in picked])
+    captions = [caption(scenes[index], random) for index in picked]
+    return Batch(pack(latents[picked]), weights, captions, rows, columns)
+
+
+def _weights(scene: Scene, width: int, height: int) -> Tensor:
+    """How much each token counts, 1 on average: those of things more than those of the ground.
+
+    What is best for a token is the same with any weight; only what is learned first is not.
+    """
+    weights = torch.ones(height // TOKEN, width // TOKEN)
+    for _, x, y, radius in scene.placed(width, height):
+        top, left = (max((middle - radius) // TOKEN, 0) for middle in (y, x))
+        bottom, right = (-(-(middle + radius) // TOKEN) for middle in (y, x))
+        weights[top:bottom, left:right] = THING_WEIGHT
+    return (weights / weights.mean()).flatten()
+
+
+def noise_levels(count: int) -> Tensor:
+    """More of the high levels, at which the layout is decided."""
+    levels = torch.sigmoid(0.9 + 1.25 * torch.randn(count))
+    high = 0.9 + 0.1 * torch.rand(count)
+    return torch.where(torch.rand(count) < 0.15, high, levels)
+
+
+@contextmanager
+def autocast() -> Iterator[None]:
+    """Bfloat16 for what gains by it."""
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        # The norms' weights stay in float32, at which torch wonders.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        yield
+
+
+class Average:
+    """Exponential moving average of a module's weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = copy.deepcopy(module)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(AVERAGE, (step + 1) / (step + 10))
+        for kept, weight in zip(self.module.parameters(), module.parameters(), strict=True):
+            kept.lerp_(weight, 1 - decay)
+
+
+def train(folder: Path, pictures: Pictures, curve: Curve) -> Path:
+    """Train the flow and the text encoders; their weights are in the file returned."""
+    path = folder / "flow.safetensors"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    model = Model(folder / "tokenizers")
+
+    def loss_of(step: int, random: Random) -> Tensor:
+        chosen = batch(pictures, random, small=step < SMALL_UNTIL * STEPS)
+        said = ["" if random.random() < NO_CAPTION else text for text in chosen.captions]
+        sigma, one = noise_levels(len(said)), torch.ones(len(said))
+        noise = torch.randn_like(chosen.latents)
+        noisy = torch.lerp(chosen.latents, noise, sigma[:, None, None])
+        with autocast():
+            text = model.encoders(said)
+            predicted = velocity(
+                model.transformer, noisy, sigma, text, chosen.rows, chosen.columns, one
+            )
+        error = (predicted - (noise - chosen.latents)).square().mean(2)
+        return (error * chosen.weights).mean()
+
+    def share(step: int) -> float:
+        return min((step + 1) / 100, 1.0, (STEPS - step) / (STEPS * (1 - FALLING_FROM)))
+
+    average = _run("flow", folder, curve, STEPS, model, share, loss_of)
+    state.save(path, average.module.state_dict(), {})
+    return path
+
+
+def distill(folder: Path, weights: Path, pictures: Pictures, curve: Curve) -> Path:
+    """Teach the transformer to do in one evaluation what guidance does with two."""
+    path = folder / "distilled.safetensors"
+    if path.exists():
+        return path
+    model = Model(folder / "tokenizers")
+    model.load_state_dict(state.read(weights)[0])
+    teacher = copy.deepcopy(model.transformer).requires_grad_(False)
+    student = model.transformer
+
+    def loss_of(step: int, random: Random) -> Tensor:
+        chosen = batch(pictures, random, small=False)
+        count = len(chosen.captions)
+        sigma, one = noise_levels(count), torch.ones(count)
+        noisy = torch.lerp(chosen.latents, torch.randn_like(chosen.latents), sigma[:, None, None])
+        low, high = map(math.log, GUIDANCE)
+        guidance = torch.exp(low + (high - low) * torch.rand(count))
+        shape = (chosen.rows, chosen.columns)
+        with autocast():
+            with torch.no_grad():
+                text = model.encoders(chosen.captions)
+                nothing = model.encoders([""] * count)
+                with_text = velocity(teacher, noisy, sigma, text, *shape, one)
+                without = velocity(teacher, noisy, sigma, nothing, *shape, one)
+            predicted = velocity(student, noisy, sigma, text, *shape, guidance)
+        above = guidance - 1
+        strength = (1 + above / (1 + above / MOST_GUIDANCE))[:, None, None]
+        target = without + strength * (with_text - without)
+        return ((predicted - target).square() / strength).mean()
+
+    def share(step: int) -> float:
+        return DISTILL_SHARE * min((step + 1) / 50, 1 - step / DISTILL_STEPS)
+
+    average = _run("distill", folder, curve, DISTILL_STEPS, student, share, loss_of)
+    model.transformer = average.module
+    state.save(path, model.state_dict(), {})
+    return path
+
+
+def _run(
+    stage: str,
+    folder: Path,
+    curve: Curve,
+    steps: int,
+    model: nn.Module,
+    share: Callable[[int], float],
+    loss_of: Callable[[int, Random], Tensor],
+) -> Average:
+    average = Average(model)
+    matrices, rest = muon.split(model.named_parameters(), NOT_MUON)
+    optimizers: dict[str, Optimizer] = {
+        "muon": muon.Muon(matrices, RATES["muon"]),
+        "adamw": torch.optim.AdamW(rest, RATES["adamw"], betas=(0.9, 0.98), weight_decay=0.0),
+    }
+    partial = folder / f"{stage}.partial.safetensors"
+    first = 0
+    if partial.exists():
+        tensors, notes = state.read(partial)
+        state.into_module("model", model, tensors)
+        state.into_module("average", average.module, tensors)
+        for name, optimizer in optimizers.items():
+            state.into_optimizer(name, optimizer, tensors)
+        first = notes["step"]
+    started, losses, count = time.perf_counter(), 0.0, 0
+    for step in range(first, steps):
+        torch.manual_seed(step)
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = RATES[name] * share(step)
+        loss = loss_of(step, Random(f"{stage} {step}"))
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        if isinstance(model, Model):
+            models.close_positions(model.encoders.t5)
+        average.update(model, step)
+        losses += float(loss.detach())
+        count += 1
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            curve.add(stage, step + 1, seconds, loss=losses / count)
+            losses, count = 0.0, 0
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            tensors = state.of_module("model", model) | state.of_module("average", average.module)
+            for name, optimizer in optimizers.items():
+                tensors |= state.of_optimizer(name, optimizer)
+            state.save(partial, tensors, {"step": step + 1})
+    return average
