@@ -46,7 +46,7 @@ def test_the_judge_finds_rendered_scenes_right(size: tuple[int, int]) -> None:
         for _ in range(7):
             scene = scenes.sample(random, count)
             verdict = judge(as_jpeg(scenes.render(scene, *size)), scene)
-            assert verdict.all, (scenes.caption(scene, random), verdict)
+            assert verdict.all, (captions.caption(scene, random), verdict)
 
 
 def changed(scene: scenes.Scene, **of_the_first: object) -> scenes.Scene:

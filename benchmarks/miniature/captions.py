@@ -1,4 +1,4 @@
-"""Captions into what the transformer takes, as training wants them: short, and with gradients."""
+"""Captions of scenes; and into what the transformer takes, short and with gradients."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.miniature import models, scenes
+from benchmarks.miniature import models
+from benchmarks.miniature.scenes import Scene, sample
 from krea_local.text import CLIP_TOKENS, T5_TOKENS
 from krea_local.tiny import write_tokenizers
 
+NUMBERS = {2: "two", 3: "three"}
 SYNONYMS = {"gray": "grey", "center": "middle", "picture": "photo", "purple": "violet"}
 
 
@@ -26,19 +28,86 @@ def words() -> tuple[str, ...]:
     found = {
         word
         for _ in range(20_000)
-        for word in caption(scenes.sample(random), random, strange=0).replace(",", " ").split()
+        for word in caption(sample(random), random, strange=0).replace(",", " ").split()
     }
     return tuple(sorted(found))
 
 
-def caption(scene: scenes.Scene, random: Random, strange: float = 0.1) -> str:
-    """A caption of `scene`, with synonyms, and a share of them with words that mean nothing."""
-    said = scenes.caption(scene, random).split(" ")
-    said = [SYNONYMS[word] if word in SYNONYMS and random.random() < 0.2 else word for word in said]
+def caption(scene: Scene, random: Random, strange: float = 0.1) -> str:
+    """The scene in words, one of several ways to say it.
+
+    Args:
+        scene: what to say.
+        random: which way.
+        strange: share of the captions with a word that means nothing.
+    """
+    said = _things(scene, random)
+    said = random.choice(("", "", "", "a picture of ", "a drawing of ", "an image of ")) + said
+    said += " " + random.choice(("on ", "on ", "in front of ")) + _ground(scene, random)
+    if random.random() < 0.15:
+        said += random.choice((", flat design", ", simple", ", minimal", ", flat vector art"))
+    words = said.split(" ")
+    words = [SYNONYMS[one] if one in SYNONYMS and random.random() < 0.2 else one for one in words]
     if random.random() < strange:
         letters = "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=random.randint(2, 9)))
-        said.insert(random.randint(0, len(said)), letters)
-    return " ".join(said)
+        words.insert(random.randint(0, len(words)), letters)
+    return " ".join(words)
+
+
+def _things(scene: Scene, random: Random) -> str:
+    things = scene.things
+    names = [_a(_words(thing.size, thing.colour, thing.shape)) for thing in things]
+    if len(things) == 1:
+        return _words(names[0], scene.place)
+    if len({thing.kind for thing in things}) == 1:
+        first = things[0]
+        return _words(NUMBERS[len(things)], first.size, first.colour, f"{first.shape}s")
+    if len(things) == 3:
+        in_order = {"column": (" from top to bottom",), "row": ("", " from left to right")}
+        order = random.choice(in_order[scene.arrangement])
+        return f"{names[0]}, {names[1]} and {names[2]}{order}"
+    one, two = names
+    ways = {
+        "row": (
+            f"{one} and {two}",
+            f"{one} next to {two}",
+            f"{one} to the left of {two}",
+            f"{one} left of {two}",
+            f"{two} to the right of {one}",
+            f"{two} right of {one}",
+        ),
+        "column": (
+            f"{one} above {two}",
+            f"{one} over {two}",
+            f"{two} below {one}",
+            f"{two} under {one}",
+        ),
+    }
+    return random.choice(ways[scene.arrangement])
+
+
+def _ground(scene: Scene, random: Random) -> str:
+    first, last = scene.ground_colours[0], scene.ground_colours[-1]
+    noun = random.choice(("background", "background", "ground"))
+    ways = {
+        "plain": (f"{first} {noun}", f"{first} {noun}", f"plain {first} {noun}"),
+        "gradient": (f"gradient from {first} to {last}", f"{first} to {last} gradient"),
+        "stripes": (
+            f"{first} and {last} stripes",
+            f"{noun} of {first} and {last} stripes",
+            f"striped {first} and {last} {noun}",
+        ),
+    }
+    said = random.choice(ways[scene.ground])
+    return said if said == ways["stripes"][0] else _a(said)
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _words(*words: str) -> str:
+    return " ".join(filter(None, words))
 
 
 class Encoders(nn.Module):

@@ -29,7 +29,7 @@ from krea_local.sampling import latent_ids, pack
 STEPS = 7000
 THING_WEIGHT = 4.0
 TOKEN = 2 * models.DOWNSAMPLING  # pixels
-RATES = {"muon": 5e-3, "adamw": 3e-3}
+RATES = {"muon": 1.5e-2, "adamw": 6e-3}
 TOKENS = 3072  # of pictures, in a batch
 # Up to here the smallest pictures alone, from which most is learned soonest.
 SMALL_UNTIL = 0.2

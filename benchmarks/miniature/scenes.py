@@ -1,7 +1,7 @@
 """Captioned scenes: what the miniature learns to draw, and what its pictures are held against.
 
 A scene is one to three flat shapes on a plain, gradient or striped ground. `sample` makes one up,
-`caption` says it in words, `render` draws it at any size. Places are shares of the width and the
+`render` draws it at any size; `captions` says it in words. Places are shares of the width and the
 height, and then the nearest point of a grid of 64 pixels, as many as a token has; radii and stripes
 are a few round numbers of pixels. So a shape is the same few tokens wherever it lies, which is what
 makes shapes learnable in an hour: scattered freely they were not, long after colours and places.
@@ -67,7 +67,6 @@ PLACES = {
     "in the bottom left corner": (0.25, 0.75),
     "in the bottom right corner": (0.75, 0.75),
 }
-NUMBERS = {2: "two", 3: "three"}
 
 
 @dataclass(frozen=True)
@@ -172,81 +171,6 @@ def held_out(random: Random, count: int | None = None) -> Scene:
     while not (scene := sample(random, count)).is_held_out:
         pass
     return scene
-
-
-def caption(scene: Scene, random: Random) -> str:
-    """The scene in words, one of several ways to say it."""
-    things = scene.things
-    names = [_name(thing) for thing in things]
-    if len(things) == 1:
-        said = f"{names[0]} {scene.place}".strip()
-    elif len({thing.kind for thing in things}) == 1:
-        said = f"{NUMBERS[len(things)]} {_plural(things[0])}"
-    elif len(things) == 2:
-        if scene.arrangement == "row":
-            said = random.choice(
-                (
-                    f"{names[0]} and {names[1]}",
-                    f"{names[0]} next to {names[1]}",
-                    f"{names[0]} to the left of {names[1]}",
-                    f"{names[0]} left of {names[1]}",
-                    f"{names[1]} to the right of {names[0]}",
-                    f"{names[1]} right of {names[0]}",
-                )
-            )
-        else:
-            said = random.choice(
-                (
-                    f"{names[0]} above {names[1]}",
-                    f"{names[0]} over {names[1]}",
-                    f"{names[1]} below {names[0]}",
-                    f"{names[1]} under {names[0]}",
-                )
-            )
-    else:
-        said = f"{names[0]}, {names[1]} and {names[2]}"
-        if scene.arrangement == "column":
-            said += " from top to bottom"
-        elif random.random() < 0.5:
-            said += " from left to right"
-    said = random.choice(("", "", "", "a picture of ", "a drawing of ", "an image of ")) + said
-    said += " " + random.choice(("on ", "on ", "in front of ")) + _ground_name(scene, random)
-    if random.random() < 0.15:
-        said += random.choice((", flat design", ", simple", ", minimal", ", flat vector art"))
-    return said
-
-
-def _name(thing: Thing) -> str:
-    words = " ".join(word for word in (thing.size, thing.colour, thing.shape) if word)
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def _plural(thing: Thing) -> str:
-    return " ".join(word for word in (thing.size, thing.colour, f"{thing.shape}s") if word)
-
-
-def _ground_name(scene: Scene, random: Random) -> str:
-    colours = scene.ground_colours
-    noun = random.choice(("background", "background", "ground"))
-    if scene.ground == "plain":
-        article = "an" if colours[0][0] in "aeiou" else "a"
-        return f"{article} {random.choice(('', '', 'plain '))}{colours[0]} {noun}".replace(
-            "an plain", "a plain"
-        )
-    if scene.ground == "gradient":
-        return random.choice(
-            (
-                f"a gradient from {colours[0]} to {colours[1]}",
-                f"a {colours[0]} to {colours[1]} gradient",
-            )
-        )
-    return random.choice(
-        (
-            f"{colours[0]} and {colours[1]} stripes",
-            f"a {noun} of {colours[0]} and {colours[1]} stripes",
-            f"a striped {colours[0]} and {colours[1]} {noun}",
-        )
-    ).replace("a orange", "an orange")
 
 
 def render(scene: Scene, width: int, height: int) -> Pixels:
