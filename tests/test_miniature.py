@@ -258,13 +258,14 @@ def test_an_autoencoder_grows_around_another() -> None:
     assert vae.encoder(torch.zeros(1, 3, 64, 64)).shape == (1, 32, 2, 2)
 
 
-def test_muon_makes_updates_orthogonal() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_makes_updates_orthogonal(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for shape in ((8, 32), (32, 8), (16, 16)):
-        made = muon.orthogonal(torch.randn(3, *shape))
-        assert 0.6 < float(torch.linalg.svdvals(made).mean()) < 1.3
+        made = muon.orthogonal(torch.randn(3, *shape).to(dtype))
+        assert 0.6 < float(torch.linalg.svdvals(made.float()).mean()) < 1.3
     target, weight = torch.randn(16, 16), torch.nn.Parameter(torch.zeros(16, 16))
-    optimizer = muon.Muon([weight], lr=0.05)
+    optimizer = muon.Muon([weight], lr=0.05, dtype=dtype)
     for _ in range(300):
         optimizer.zero_grad()
         (weight - target).square().sum().backward()  # type: ignore[no-untyped-call]
@@ -361,12 +362,14 @@ def test_evaluate_draws_judges_and_writes(
     monkeypatch.setattr(evaluate, "SIZE", "square")
     monkeypatch.setattr(evaluate, "THRESHOLDS", (0.0, 9.0))
     files = ["--output", str(tmp_path / "a.json"), "--sheet", str(tmp_path / "a.png")]
+    files += ["--plot", str(tmp_path / "curves.png"), "--dtype", "bfloat16"]
     monkeypatch.setattr(evaluate, "MANY_STEPS", 12)
     monkeypatch.setattr(evaluate, "IMG2IMG_STEPS", 10)
     parts = ["held-out", "strength", "thresholds"]
     assert evaluate.main([model, "--count", "15", "--parts", *parts, *files]) == 0
     made = json.loads((tmp_path / "a.json").read_text())
     assert list(made["parts"]) == parts
+    assert made["dtype"] == "bfloat16"
     first = made["parts"]["held-out"][0]
     assert (first["prompts"], first["pictures"]) == ("held out", 15)
     never, always = made["parts"]["thresholds"]
@@ -377,6 +380,11 @@ def test_evaluate_draws_judges_and_writes(
     assert "| held out | 15 |" in capsys.readouterr().out
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width > 800
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.width == 2 * 440  # strength and thresholds
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([model, "--parts", "presets", "--plot", str(tmp_path / "none.png")])
+    assert "--plot" in capsys.readouterr().err
 
 
 def test_prompts_are_the_same_every_time_and_held_out() -> None:

@@ -22,7 +22,9 @@ KL_WEIGHT = 2e-4
 # From here on whole pictures, as GroupNorm's statistics are those of whole pictures.
 WHOLE_FROM = 0.7
 WHOLE_SIZES = ((512, 512), (512, 512), (768, 576), (576, 768), (1024, 576), (576, 1024))
-POLISH_STEPS, POLISH_NOISE = 500, 0.2
+POLISH_STEPS, POLISH_NOISE = 1600, 0.2
+# Of pixels in and about things, against those of the ground, which are most and soon right.
+POLISH_THING_WEIGHT = 4.0
 SAVE_EVERY = 100
 
 Loss = tuple[Tensor, Tensor]  # to be made small; mean squared error, pixels from -1 to 1
@@ -69,14 +71,16 @@ def polish(folder: Path, weights: Path, curve: Curve) -> Path:
     vae.load_state_dict(state.read(weights)[0])
 
     def loss_of(random: Random, share: float) -> Loss:
-        pixels = _pictures(random)
+        width, height, chosen = _scenes(random)
+        pixels = _tensor([scenes.render(scene, width, height) for scene in chosen])
+        weights = torch.stack([_weights(scene, width, height) for scene in chosen])[:, None]
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 mean = vae.encoder(pixels).float()[:, : models.LATENT_CHANNELS]
                 noisy = mean + torch.randn_like(mean) * random.uniform(0, POLISH_NOISE)
             error = vae.decoder(noisy).float() - pixels
-        squares = error.square().mean()
-        return error.abs().mean() + squares, squares
+        squares = error.square()
+        return ((error.abs() + squares) * weights).mean(), squares.mean()
 
     _run("decoder", vae, vae.decoder, folder, curve, POLISH_STEPS, loss_of)
     state.save(path, vae.state_dict(), {})
@@ -141,9 +145,24 @@ def _run(
 
 
 def _pictures(random: Random) -> Tensor:
+    width, height, chosen = _scenes(random)
+    return _tensor([scenes.render(scene, width, height) for scene in chosen])
+
+
+def _scenes(random: Random) -> tuple[int, int, list[scenes.Scene]]:
+    """Width, height, and as many scenes as half a megapixel holds."""
     width, height = random.choice(WHOLE_SIZES)
     count = max(2**19 // (width * height), 1)
-    return _tensor([scenes.render(scenes.sample(random), width, height) for _ in range(count)])
+    return width, height, [scenes.sample(random) for _ in range(count)]
+
+
+def _weights(scene: scenes.Scene, width: int, height: int) -> Tensor:
+    """How much each pixel counts [H, W], 1 on average."""
+    weights = torch.ones(height, width)
+    for _, x, y, radius in scene.placed(width, height):
+        reach = round(1.25 * radius)
+        weights[max(y - reach, 0) : y + reach, max(x - reach, 0) : x + reach] = POLISH_THING_WEIGHT
+    return weights / weights.mean()
 
 
 def _patches(random: Random, count: int, size: int, scale: float) -> Tensor:

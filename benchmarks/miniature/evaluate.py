@@ -22,14 +22,15 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.fidelity import emulated_float8, lossy_steps, recorded_caches
 from benchmarks.latency import device_name
 from benchmarks.metrics import psnr
-from benchmarks.miniature import scenes
+from benchmarks.miniature import chart, scenes
 from benchmarks.miniature.captions import caption
-from benchmarks.miniature.judge import judge
+from benchmarks.miniature.judge import Verdict, judge
 from benchmarks.miniature.tally import Row, Tally, table
 from benchmarks.sheet import draw_text
 from krea_local import InvalidRequest, Krea, KreaError, KreaWarning, load
@@ -40,8 +41,9 @@ from krea_local.skipping import Skipping
 from krea_local.weights import find
 
 STEPS, MANY_STEPS, IMG2IMG_STEPS = 8, 28, 16
+GUIDANCE = 4.5
 SIZE: ImageSizePreset = "landscape_4_3"
-GUIDANCES = (1.0, 2.0, 3.5, 4.5, 8.0, 20.0)
+GUIDANCES = (1.0, 2.0, 3.0, GUIDANCE, 8.0, 20.0)
 STRENGTHS = (0.3, 0.6, 0.95)
 STEP_COUNTS = (4, STEPS, 16, MANY_STEPS)
 THRESHOLDS = (0.04, 0.08, 0.16, 0.32)
@@ -78,12 +80,12 @@ def draw(
     guidance_scale: float | None = None,
     acceleration: Acceleration = "none",
 ) -> Image.Image:
-    """One picture by txt2img."""
+    """One picture by txt2img; at the defaults of these measurements, not of the library."""
     return krea.txt2img(
         prompt.text,
         image_size=image_size or SIZE,
         num_inference_steps=steps or STEPS,
-        guidance_scale=guidance_scale,
+        guidance_scale=guidance_scale or GUIDANCE,
         acceleration=acceleration,
         seed=prompt.seed,
         enable_safety_checker=False,
@@ -103,6 +105,7 @@ class Bench:
     count: int
     shown: list[tuple[Prompt, Image.Image, bool]] = field(default_factory=list)
     _without: dict[tuple[Prompt, int], Image.Image] = field(default_factory=dict)
+    _verdicts: dict[tuple[Any, ...], Verdict] = field(default_factory=dict)
 
     def held_out(self) -> list[Row]:
         """Held-out prompts at the defaults; and trained ones, to compare."""
@@ -111,11 +114,7 @@ class Bench:
             tally = Tally()
             chosen = prompts(self.count // 3 if trained else self.count, trained=trained)
             for prompt in counted(chosen, name):
-                image = draw(self.krea, prompt)
-                verdict = judge(pixels_of(image), prompt.scene)
-                tally.add(verdict, prompt.scene)
-                if not trained and len(self.shown) < SHOWN:
-                    self.shown.append((prompt, image, verdict.all))
+                tally.add(self._verdict(prompt), prompt.scene)
             rows.append({"prompts": name} | tally.figures())
             rows += [
                 {"prompts": f"{name}, {things}"} | tally.of(things).figures()
@@ -203,6 +202,25 @@ class Bench:
     ) -> Row:
         tally = Tally()
         for prompt in counted(prompts(count), name):
+            tally.add(
+                self._verdict(
+                    prompt, image_size=image_size, steps=steps, guidance_scale=guidance_scale
+                ),
+                prompt.scene,
+            )
+        return tally.figures()
+
+    def _verdict(
+        self,
+        prompt: Prompt,
+        *,
+        image_size: ImageSizePreset | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Verdict:
+        """On one picture, drawn once however many parts ask for it."""
+        key = (prompt, image_size or SIZE, steps or STEPS, guidance_scale or GUIDANCE)
+        if key not in self._verdicts:
             image = draw(
                 self.krea,
                 prompt,
@@ -210,8 +228,10 @@ class Bench:
                 steps=steps,
                 guidance_scale=guidance_scale,
             )
-            tally.add(judge(pixels_of(image), prompt.scene), prompt.scene)
-        return tally.figures()
+            self._verdicts[key] = verdict = judge(pixels_of(image), prompt.scene)
+            if len(self.shown) < SHOWN:
+                self.shown.append((prompt, image, verdict.all))
+        return self._verdicts[key]
 
     @contextlib.contextmanager
     def _skipping(self, skipping: Skipping) -> Iterator[None]:
@@ -297,6 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.miniature.evaluate", description=__doc__
     )
     parser.add_argument("model", metavar="MODEL", help="the checkpoint: a folder")
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float32 (default: as load's)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument(
         "--count", type=int, default=300, help="held-out prompts; other parts take a share of them"
     )
@@ -306,11 +328,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--sheet", type=Path, help="write pictures to this PNG file")
+    parser.add_argument("--plot", type=Path, help="draw the figures to this PNG file")
     options = parser.parse_args(arguments)
     if options.count < 15:
         parser.error("--count: at least 15, so that every part has prompts of each kind")
     if options.sheet and "held-out" not in options.parts:
         parser.error("--sheet: shows the pictures of the part held-out; name it too")
+    if options.plot and not chart.PANELS.keys() & set(options.parts):
+        parser.error(f"--plot: draws {', '.join(chart.PANELS)}; name one of these parts too")
     try:
         evaluate(options)
     except (KreaError, OSError) as error:
@@ -322,7 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Run the parts; what each finds is written before the next begins."""
-    krea = load(options.model, progress=False)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    krea = load(options.model, dtype=options.dtype, progress=False)
     if options.emulate_float8 and krea.device.type != "cpu":
         raise InvalidRequest("--emulate-float8: is for a CPU; a GPU runs what it can")
     result: dict[str, Any] = {
@@ -330,6 +357,8 @@ def evaluate(options: argparse.Namespace) -> None:
         "model": krea.label,
         "sha256": sha256(find(options.model).folder / "transformer"),
         "device": device_name(krea),
+        "dtype": str(krea.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "emulated_float8": options.emulate_float8,
         "versions": versions(),
         "parts": {},
@@ -349,6 +378,8 @@ def evaluate(options: argparse.Namespace) -> None:
             if options.sheet and name == "held-out":
                 sheet = with_recipe(contact_sheet(bench.shown), {})
                 write_atomically(encode(sheet, "png"), options.sheet, overwrite=True)
+    if options.plot:
+        chart.draw(result["parts"], options.plot)
 
 
 def sha256(folder: Path) -> str:

@@ -26,14 +26,18 @@ from benchmarks.miniature.latents import Pictures
 from benchmarks.miniature.scenes import Scene
 from krea_local.sampling import latent_ids, pack
 
-STEPS = 7000
+STEPS = 6500
 THING_WEIGHT = 4.0
 TOKEN = 2 * models.DOWNSAMPLING  # pixels
 RATES = {"muon": 1.5e-2, "adamw": 6e-3}
 TOKENS = 3072  # of pictures, in a batch
-# Up to here the smallest pictures alone, from which most is learned soonest.
-SMALL_UNTIL = 0.2
-FALLING_FROM = 0.6
+# Up to this step the smallest pictures alone, from which most is learned soonest.
+SMALL_UNTIL = 1120
+# From this step on, most pictures are nearly noise: what is in them can then be read from the
+# caption alone. In clearer ones it can be seen, and captions are not learned.
+CAPTIONS_FROM = 2600
+HIGH_SHARES = (0.15, 0.6)  # of levels from 0.9 up, before; from 0.85 up, then
+FALLING_FROM = 0.6  # of the steps
 NO_CAPTION = 0.1
 AVERAGE = 0.998
 DISTILL_STEPS = 300
@@ -125,11 +129,12 @@ def _weights(scene: Scene, width: int, height: int) -> Tensor:
     return (weights / weights.mean()).flatten()
 
 
-def noise_levels(count: int) -> Tensor:
-    """More of the high levels, at which the layout is decided."""
+def noise_levels(count: int, *, late: bool = False) -> Tensor:
+    """More of the high levels, at which the layout is decided; still more of them `late`."""
     levels = torch.sigmoid(0.9 + 1.25 * torch.randn(count))
-    high = 0.9 + 0.1 * torch.rand(count)
-    return torch.where(torch.rand(count) < 0.15, high, levels)
+    lowest = 0.85 if late else 0.9
+    high = lowest + (1 - lowest) * torch.rand(count)
+    return torch.where(torch.rand(count) < HIGH_SHARES[late], high, levels)
 
 
 @contextmanager
@@ -163,9 +168,10 @@ def train(folder: Path, pictures: Pictures, curve: Curve) -> Path:
     model = Model(folder / "tokenizers")
 
     def loss_of(step: int, random: Random) -> Tensor:
-        chosen = batch(pictures, random, small=step < SMALL_UNTIL * STEPS)
+        chosen = batch(pictures, random, small=step < SMALL_UNTIL)
         said = ["" if random.random() < NO_CAPTION else text for text in chosen.captions]
-        sigma, one = noise_levels(len(said)), torch.ones(len(said))
+        late = step >= CAPTIONS_FROM
+        sigma, one = noise_levels(len(said), late=late), torch.ones(len(said))
         noise = torch.randn_like(chosen.latents)
         noisy = torch.lerp(chosen.latents, noise, sigma[:, None, None])
         with autocast():
@@ -235,7 +241,7 @@ def _run(
     average = Average(model)
     matrices, rest = muon.split(model.named_parameters(), NOT_MUON)
     optimizers: dict[str, Optimizer] = {
-        "muon": muon.Muon(matrices, RATES["muon"]),
+        "muon": muon.Muon(matrices, RATES["muon"], dtype=torch.bfloat16),
         "adamw": torch.optim.AdamW(rest, RATES["adamw"], betas=(0.9, 0.98), weight_decay=0.0),
     }
     partial = folder / f"{stage}.partial.safetensors"

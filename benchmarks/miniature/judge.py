@@ -3,7 +3,8 @@
 Grounds are the same all along a row, and things keep away from the left and right edges; so the
 edges tell each row's ground, and what differs from it is a thing. A thing's colour is the name
 nearest to its median; its shape the one whose ideal mask, with the same area and centroid, it
-overlaps most, if that is enough: a lumpy circle is no circle. Its size is judged by its area.
+overlaps most, if its outline is near enough to that one's: a lumpy circle is no circle. Its size is
+judged by its area.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from scipy import ndimage
 
 from benchmarks.miniature.scenes import (
     COLOURS,
+    DISTANCES,
     PLACES,
     SHAPES,
     Pixels,
@@ -32,15 +34,9 @@ from benchmarks.miniature.scenes import (
 MARGIN = 0.03  # of the width, at each side
 DIFFERENCE = 0.14  # from the ground, as a distance in RGB of 0 … 1
 LEAST_AREA = 300  # pixels; the smallest thing, a star, has 1,800, and a speck of less is no thing
-# Intersection over union with the ideal mask. Rendered scenes, as JPEG, have 0.03 more than this.
-LEAST_OVERLAPS = {
-    "circle": 0.95,
-    "square": 0.9,
-    "triangle": 0.94,
-    "star": 0.9,
-    "heart": 0.95,
-    "ring": 0.92,
-}
+# The mean distance by which an outline may be off, in radii, whatever the shape.
+OUTLINE_OFF = 0.03
+INNER = 5  # pixels from the outline, which is blurred: from there on colours count
 SIZE_TOLERANCE = 0.15  # sizes are a quarter apart at the least
 PLACE_TOLERANCE = 0.125  # of the width or height; places are a quarter apart
 UNEVEN, LEAST_EVEN = 0.2, 0.9  # at least this share of a thing lies this near to its colour
@@ -146,7 +142,7 @@ def things(pixels: Pixels) -> list[Found]:
         part = labels[box] == index
         if part.sum() < LEAST_AREA:
             continue
-        inner = ndimage.binary_erosion(part, iterations=3)
+        inner = ndimage.binary_erosion(part, iterations=INNER)
         colours = pixels[box][inner if inner.any() else part]
         colour = np.median(colours, axis=0)
         # What is nearer to the thing's colour than to the ground's: outlines at half their height.
@@ -184,7 +180,7 @@ def shape_of(part: NDArray[np.bool_]) -> str | None:
     """The shape that a mask shows, or None where it shows none of them well enough."""
     overlaps = overlaps_of(part)
     best = max(overlaps, key=lambda shape: overlaps[shape])
-    return best if overlaps[best] >= LEAST_OVERLAPS[best] else None
+    return best if overlaps[best] >= least_overlaps()[best] else None
 
 
 def overlaps_of(part: NDArray[np.bool_]) -> dict[str, float]:
@@ -201,6 +197,22 @@ def overlaps_of(part: NDArray[np.bool_]) -> dict[str, float]:
     return {
         shape: float((seen & template).sum() / (seen | template).sum())
         for shape, template in _templates().items()
+    }
+
+
+@cache
+def least_overlaps() -> dict[str, float]:
+    """By shape, what is left of the overlap where all of the outline is off by `OUTLINE_OFF`."""
+    across = np.linspace(-1.3, 1.3, 1041, dtype=np.float32)
+    square = float(across[1] - across[0]) ** 2
+    near = 0.02
+    outlines = {
+        shape: float((np.abs(distance(across[None], across[:, None])) < near).sum()) * square
+        for shape, distance in DISTANCES.items()
+    }
+    return {
+        shape: 1 - OUTLINE_OFF * outlines[shape] / (2 * near) / area
+        for shape, area in _unit_areas().items()
     }
 
 

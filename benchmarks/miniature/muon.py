@@ -17,10 +17,24 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(Optimizer):
-    """For weights of two and more dimensions; everything past the first counts as one."""
+    """For weights of two and more dimensions; everything past the first counts as one.
 
-    def __init__(self, weights: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
+    Args:
+        weights: to train.
+        lr: the rate; an update has about the size, element by element, of one of AdamW's.
+        momentum: of the gradients.
+        dtype: in which updates are made orthogonal; bfloat16 is as good, and faster for matrices
+            wide enough.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "dtype": dtype})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -42,8 +56,8 @@ class Muon(Optimizer):
                 state["momentum"] = torch.zeros_like(weight)
             state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
             updates.append(torch.lerp(weight.grad, state["momentum"], group["momentum"]))
-        matrices = orthogonal(torch.stack([update.flatten(1) for update in updates]))
-        # As large, element by element, as the updates of AdamW are.
+        stacked = torch.stack([update.flatten(1) for update in updates])
+        matrices = orthogonal(stacked.to(group["dtype"])).to(stacked.dtype)
         scale = 0.2 * max(matrices.shape[1:]) ** 0.5
         for weight, matrix in zip(weights, matrices, strict=True):
             weight.add_(matrix.view(weight.shape), alpha=-group["lr"] * scale)
