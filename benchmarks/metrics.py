@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from krea_local.api import choose_device
+from krea_local.components import load_pretrained
 from krea_local.errors import WeightsInvalid, WeightsNotFound
 from krea_local.files import check_safetensors
 from krea_local.images import image_to_pixels
-from krea_local.loading import load_pretrained, load_tokenizer
+from krea_local.loading import load_tokenizer
 
 TITLES = {
     "psnr": "PSNR, dB",

@@ -15,11 +15,16 @@ from typing import Any
 from krea_local.errors import WeightsError, WeightsInvalid, WeightsNotFound
 from krea_local.weights import PICKLES
 
+AGAIN = "fetch it again (`krea-local download`)"
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, *, floats_only: bool = True) -> list[Path]:
     """The safetensors files of a component: one, or the shards that its index names.
+
+    Args:
+        folder: of the component.
+        floats_only: refuse tensors of integers, which may stand for other numbers.
 
     Raises:
         WeightsNotFound: none, or a shard is missing.
@@ -48,7 +53,9 @@ def weight_files(folder: Path) -> list[Path]:
             )
         raise WeightsNotFound(f"no .safetensors in {str(folder)!r}: weights.md lists the files")
     for file in files:
-        check_safetensors(file)
+        header = check_safetensors(file)
+        if floats_only:
+            _refuse_integers(file, header)
     return files
 
 
@@ -72,36 +79,41 @@ def check_safetensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
             if len(start) < 8 or length > min(size - 8, 100_000_000):
                 raise WeightsInvalid(
                     f"{str(file)!r} is truncated or not safetensors: its header should take "
-                    f"{length:,} bytes, the file has {size:,}; fetch it again"
+                    f"{length:,} bytes, the file has {size:,}; {AGAIN}"
                 )
             content = json.loads(stream.read(length))
     except FileNotFoundError as error:
-        raise WeightsNotFound(f"no file {str(file)!r}: fetch it again") from error
+        raise WeightsNotFound(f"no file {str(file)!r}: {AGAIN}") from error
     except OSError as error:
         raise WeightsNotFound(f"cannot read {str(file)!r}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, WeightsError):
             raise
-        raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
+        raise WeightsInvalid(f"{str(file)!r} is not safetensors: {AGAIN}") from error
     try:
         header: dict[str, dict[str, Any]] = dict(content)
         header.pop("__metadata__", None)
         shapes = [tuple(map(int, tensor["shape"])) for tensor in header.values()]
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
         assert len(shapes) == len(header)
-        integers = [n for n, tensor in header.items() if not re.match(r"B?F\d", tensor["dtype"])]
+        if not all(isinstance(tensor["dtype"], str) for tensor in header.values()):
+            raise TypeError("dtype")
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise WeightsInvalid(f"{str(file)!r} is not safetensors: fetch it again") from error
+        raise WeightsInvalid(f"{str(file)!r} is not safetensors: {AGAIN}") from error
     if 8 + length + end != size:
         raise WeightsInvalid(
-            f"{str(file)!r} is truncated: {size:,} of {8 + length + end:,} bytes; fetch it again"
+            f"{str(file)!r} is truncated: {size:,} of {8 + length + end:,} bytes; {AGAIN}"
         )
-    # The published CLIP file has one tensor of integers, its positions.
-    odd = [name for name in integers if not name.endswith("position_ids")]
-    if odd:
-        kind = header[odd[0]]["dtype"]
-        raise WeightsInvalid(f"{str(file)!r}: tensor {odd[0]} is {kind}: such weights are not read")
     return header
+
+
+def _refuse_integers(file: Path, header: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, tensor in header.items():
+        # The published CLIP file has one tensor of integers, its positions.
+        if not re.match(r"B?F\d", tensor["dtype"]) and not name.endswith("position_ids"):
+            raise WeightsInvalid(
+                f"{str(file)!r}: tensor {name} is {tensor['dtype']}: such weights are not read"
+            )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,51 +1,50 @@
 """Check a checkpoint's files and read them into `Models`.
 
-Only safetensors are read, never pickles; no code from a checkpoint runs. Every file is compared
-with its own header, and every tensor with the model it is for. Knows nothing of requests, of the
-hub, or of how pictures are made.
+No pickles are read, and no code from a checkpoint runs. Every file is compared with its own header,
+and every tensor with the model it is for. Knows nothing of requests, of the hub, or of how pictures
+are made.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from krea_local.components import (
+    OnBytes,
+    as_diffusers,
+    check_module,
+    check_t5,
+    check_transformer,
+    empty_module,
+    empty_transformer,
+    load_module,
+    load_pretrained,
+    load_t5,
+    load_transformer,
+)
 from krea_local.errors import UnsupportedModel, WeightsInvalid, WeightsNotFound
-from krea_local.files import check_safetensors, read_json, weight_files
+from krea_local.files import AGAIN, check_safetensors, read_json, weight_files
+from krea_local.plan import Sizes
 from krea_local.weights import COMPONENTS, FOLDERS, Checkpoint, other_model
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import (
-        CLIPTextModel,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        T5EncoderModel,
-    )
+    from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
     from krea_local.sampling import Shift
     from krea_local.transformer import FluxTransformer
 
-# What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
-HARMLESS_TENSORS = (
-    r"(^|\.)position_ids$|^encoder\.embed_tokens\.weight$|^(text|visual)_projection\.weight$"
-    r"|^logit_scale$|^vision_model\.|^decoder\.|^lm_head\.|(^|\.)pooler\."
-)
-
+SAFETY_CHECKER_BYTES = 343_000_000  # Falconsai/nsfw_image_detection
 MAX_BLOCKS = 1000  # FLUX.1 has 19 and 38
 MIN_MERGES = 10  # CLIP's has 48,894
 
 EngineName = Literal["native", "diffusers"]
 """`native`: our transformer, fused and fast. `diffusers`: theirs, to compare with."""
-
-OnBytes = Callable[[str, int], None]
-"""(component, bytes read since the last call), while a checkpoint is read."""
 
 
 @dataclass(frozen=True)
@@ -85,43 +84,32 @@ def load_models(
         WeightsInvalid: a file is truncated, holds wrong tensors, or is a pickle.
         UnsupportedModel: a scheduler of another kind.
     """
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, T5EncoderModel
 
     folder = checkpoint.folder
-    shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
+    shift = read_shift(checkpoint)
     report = on_bytes or (lambda component, count: None)
-    tokenizer = load_tokenizer(CLIPTokenizer, folder / "tokenizer", "vocab.json")
-    tokenizer_2 = load_tokenizer(T5TokenizerFast, folder / "tokenizer_2", "spiece.model")
-    transformer_files = (
-        [checkpoint.transformer_file]
-        if checkpoint.transformer_file
-        else weight_files(folder / "transformer")
+    tokenizer, tokenizer_2 = load_tokenizers(checkpoint)
+    files = {name: component_files(checkpoint, name) for name in COMPONENTS}
+    text_encoder = load_pretrained(
+        CLIPTextModel, folder / "text_encoder", dtype=dtype, device=device, on_bytes=report
     )
-    text_encoder, text_encoder_2 = (
-        load_pretrained(kind, folder / name, dtype=dtype, device=device, on_bytes=report)
-        for kind, name in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
-    )
-    vae_config = read_json(folder / "vae" / "config.json")
-    for name in ("scaling_factor", "shift_factor"):
-        # FLUX.1's file has both; diffusers' own defaults are those of Stable Diffusion.
-        _number(vae_config, name, math.nan, folder / "vae" / "config.json")
-    vae = _load_module(
-        AutoencoderKL, folder / "vae", weight_files(folder / "vae"), dtype, device, report
-    )
-    transformer = (
-        _load_module(
-            FluxTransformer2DModel, folder / "transformer", transformer_files, dtype, device, report
-        )
-        if engine == "diffusers"
-        else _load_transformer(
-            folder / "transformer",
-            transformer_files,
-            dtype,
-            (device, modulation_device or device),
-            report,
+    text_encoder_2 = (
+        load_t5(folder / "text_encoder_2", files["text_encoder_2"], dtype, device, report)
+        if checkpoint.text_encoder_2_file
+        else load_pretrained(
+            T5EncoderModel, folder / "text_encoder_2", dtype=dtype, device=device, on_bytes=report
         )
     )
+    _check_vae_config(folder)
+    vae = load_module(AutoencoderKL, folder / "vae", files["vae"], dtype, device, report)
+    modulation_device = modulation_device or device
+    transformer: FluxTransformer | FluxTransformer2DModel = load_transformer(
+        folder / "transformer", files["transformer"], dtype, (device, modulation_device), report
+    )
+    if engine == "diffusers":
+        transformer = as_diffusers(transformer, folder / "transformer")
     return Models(
         transformer=transformer,
         vae=vae,
@@ -133,17 +121,96 @@ def load_models(
     )
 
 
+def component_files(checkpoint: Checkpoint, name: str) -> list[Path]:
+    """The files of a component, in the checkpoint's folder or named apart.
+
+    Raises:
+        WeightsNotFound, WeightsInvalid: as `weight_files`.
+    """
+    apart = {
+        "transformer": checkpoint.transformer_file,
+        "text_encoder_2": checkpoint.text_encoder_2_file,
+    }
+    file = apart.get(name)
+    if file is not None:
+        if file.suffix.lower() != ".gguf":
+            check_safetensors(file)
+        return [file]
+    # The transformer's reader knows what integers may stand for.
+    return weight_files(checkpoint.folder / name, floats_only=name != "transformer")
+
+
 def checkpoint_bytes(checkpoint: Checkpoint) -> int:
     """The bytes of weights that `load_models` will read."""
-    own = checkpoint.transformer_file
-    files = [
-        file
-        for name in COMPONENTS
-        for file in (
-            [own] if own and name == "transformer" else weight_files(checkpoint.folder / name)
-        )
-    ]
-    return sum(file.stat().st_size for file in files)
+    return sum(
+        file.stat().st_size for name in COMPONENTS for file in component_files(checkpoint, name)
+    )
+
+
+def sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> Sizes:
+    """What the weights of a checkpoint, which `check_layout` has seen, will take in `dtype`.
+
+    Raises:
+        WeightsInvalid: a configuration that makes no model.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    folder = checkpoint.folder
+
+    def count(modules: Iterable[torch.nn.Module]) -> int:
+        weights = {id(p): p.numel() for module in modules for p in module.parameters()}
+        return sum(weights.values()) * dtype.itemsize
+
+    transformer, config = empty_transformer(folder / "transformer")
+    vae = empty_module(AutoencoderKL, folder / "vae")
+    try:
+        with torch.device("meta"):
+            clip = CLIPTextModel(CLIPTextConfig.from_pretrained(str(folder / "text_encoder")))
+            t5 = T5EncoderModel(T5Config.from_pretrained(str(folder / "text_encoder_2")))
+    except Exception as error:  # a configuration can ask for anything
+        reason = str(error) or type(error).__name__
+        raise WeightsInvalid(f"{str(folder)!r}: {reason}") from error
+    blocks = tuple(count(block) for block in transformer.step_blocks())
+    t5_blocks = tuple(count([block]) for block in t5.encoder.block)
+    checker = folder / "safety_checker" / "model.safetensors"
+    return Sizes(
+        blocks=blocks,
+        outside=count(transformer.step_modules()) - sum(blocks),
+        modulation=count(transformer.modulations()),
+        t5_blocks=t5_blocks,
+        t5_outside=count([t5]) - sum(t5_blocks),
+        text_encoder=count([clip]),
+        vae=count([vae]),
+        safety_checker=checker.stat().st_size if checker.is_file() else SAFETY_CHECKER_BYTES,
+        row=config.hidden_size * dtype.itemsize,
+        itemsize=dtype.itemsize,
+    )
+
+
+def check_component(checkpoint: Checkpoint, name: str) -> None:
+    """See that a component's tensors are those of its model, in name and shape; reads no tensor.
+
+    Raises:
+        WeightsNotFound, WeightsInvalid: as `load_models`.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    folder = checkpoint.folder / name
+    files = component_files(checkpoint, name)
+    if name == "transformer":
+        check_transformer(folder, files)
+    elif name == "vae":
+        _check_vae_config(checkpoint.folder)
+        check_module(AutoencoderKL, folder, files)
+    elif name == "text_encoder_2" and checkpoint.text_encoder_2_file:
+        check_t5(folder, files)
+    else:
+        kind = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}[name]
+        load_pretrained(kind, folder, dtype=torch.bfloat16, device=torch.device("meta"))
 
 
 def check_layout(checkpoint: Checkpoint) -> None:
@@ -158,14 +225,13 @@ def check_layout(checkpoint: Checkpoint) -> None:
         _refuse_pipeline(str(read_json(index).get("_class_name", "")), folder)
     for name in FOLDERS:
         if not (folder / name).is_dir():
-            raise WeightsNotFound(f"no {name}/ in {str(folder)!r}: weights.md says where to get it")
+            raise WeightsNotFound(
+                f"no {name}/ in {str(folder)!r}: get it with `krea-local download` (weights.md)"
+            )
     for name in COMPONENTS:
         if not (folder / name / "config.json").exists():
             raise WeightsNotFound(f"no config.json in {str(folder / name)!r}: weights.md shows it")
-        if name == "transformer" and checkpoint.transformer_file:
-            check_safetensors(checkpoint.transformer_file)
-        else:
-            weight_files(folder / name)
+        component_files(checkpoint, name)
     config = read_json(folder / "transformer" / "config.json")
     kind = config.get("_class_name", "FluxTransformer2DModel")
     if kind != "FluxTransformer2DModel":
@@ -199,53 +265,6 @@ def check_layout(checkpoint: Checkpoint) -> None:
         )
 
 
-def load_pretrained(
-    kind: type[PreTrainedModel],
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    on_bytes: OnBytes | None = None,
-) -> Any:
-    """Read a transformers model from `folder`, refusing what transformers would only report.
-
-    transformers renames tensors between its versions, so its own reader is used; it fills missing
-    tensors with random numbers and goes on, which here is an error.
-    """
-    from krea_local.memory import is_out_of_memory
-
-    files = weight_files(folder)
-    with _quiet_transformers():
-        try:
-            model, loaded = kind.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported in `loaded`, and refused below
-                output_loading_info=True,
-            )
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            # A configuration can ask for anything, and each class fails at it in its own way.
-            raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
-    faults = [f"{name} is missing" for name in sorted(loaded["missing_keys"])]
-    faults += [
-        f"{name} is {tuple(found)} where config.json says {tuple(wanted)}"
-        for name, found, wanted in sorted(loaded["mismatched_keys"])
-    ]
-    faults += [
-        f"{name} is not part of the model"
-        for name in sorted(loaded["unexpected_keys"])
-        if not re.search(HARMLESS_TENSORS, name)
-    ]
-    _refuse_faults(str(folder), faults)
-    if on_bytes:
-        on_bytes(folder.name, sum(file.stat().st_size for file in files))
-    return model.eval().requires_grad_(False).to(device)
-
-
 def _refuse_pipeline(pipeline: str, folder: Path) -> None:
     names = {
         "Flux2Pipeline": "FLUX.2",
@@ -261,9 +280,16 @@ def _refuse_pipeline(pipeline: str, folder: Path) -> None:
         )
 
 
-def _read_shift(file: Path) -> Shift:
+def read_shift(checkpoint: Checkpoint) -> Shift:
+    """The time shift that the scheduler's configuration asks for.
+
+    Raises:
+        WeightsInvalid: it cannot be read.
+        UnsupportedModel: a scheduler of another kind.
+    """
     from krea_local.sampling import Shift
 
+    file = checkpoint.folder / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     expected: dict[str, object] = {"use_dynamic_shifting": True, "num_train_timesteps": 1000}
     expected |= dict.fromkeys(
@@ -299,6 +325,27 @@ def _number(config: Mapping[str, Any], name: str, default: float, file: Path) ->
     return value
 
 
+def _check_vae_config(folder: Path) -> None:
+    file = folder / "vae" / "config.json"
+    config = read_json(file)
+    for name in ("scaling_factor", "shift_factor"):
+        # FLUX.1's file has both; diffusers' own defaults are those of Stable Diffusion.
+        _number(config, name, math.nan, file)
+
+
+def load_tokenizers(
+    checkpoint: Checkpoint,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """CLIP's and T5's; raises as `load_tokenizer`."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    folder = checkpoint.folder
+    return (
+        load_tokenizer(CLIPTokenizer, folder / "tokenizer", "vocab.json"),
+        load_tokenizer(T5TokenizerFast, folder / "tokenizer_2", "spiece.model"),
+    )
+
+
 def load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokenizerBase:
     """Read a tokenizer from tokenizer.json or from the file named `vocabulary`.
 
@@ -317,7 +364,7 @@ def load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokeni
         if not merges.is_file():
             raise WeightsNotFound(f"no merges.txt in {str(folder)!r}: see weights.md")
         if merges.read_bytes().count(b"\n") < MIN_MERGES:
-            raise WeightsInvalid(f"{str(merges)!r} is truncated: fetch it again")
+            raise WeightsInvalid(f"{str(merges)!r} is truncated: {AGAIN}")
     try:
         tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
             str(folder), local_files_only=True
@@ -325,133 +372,3 @@ def load_tokenizer(kind: Any, folder: Path, vocabulary: str) -> PreTrainedTokeni
     except Exception as error:  # the Rust tokenizers raise bare Exception on a damaged file
         raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
     return tokenizer
-
-
-def _load_module(
-    kind: Any,
-    folder: Path,
-    files: list[Path],
-    dtype: torch.dtype,
-    device: torch.device,
-    on_bytes: OnBytes,
-) -> Any:
-    """Build a diffusers model without memory, then read its tensors one by one onto `device`."""
-    import torch
-
-    config = read_json(folder / "config.json")
-    try:
-        with torch.device("meta"):  # of this thread only, unlike accelerate's patch of nn.Module
-            model = kind.from_config(config)
-    except Exception as error:  # a configuration can ask for anything
-        reason = str(error) or type(error).__name__
-        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
-    state = {}
-    for name, tensor in _tensors(
-        files, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    ):
-        state[name] = tensor.to(device=device, dtype=dtype)
-        on_bytes(folder.name, tensor.nbytes)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def _load_transformer(
-    folder: Path,
-    files: list[Path],
-    dtype: torch.dtype,
-    devices: tuple[torch.device, torch.device],
-    on_bytes: OnBytes,
-) -> FluxTransformer:
-    """Build our transformer without memory, then read diffusers' tensors into its fused ones.
-
-    `devices`: of the weights, and of the modulation's.
-    """
-    import torch
-
-    from krea_local import tensor_names
-    from krea_local.transformer import Config, FluxTransformer
-
-    try:
-        config = Config.of(read_json(folder / "config.json"))
-        with torch.device("meta"):
-            model = FluxTransformer(config)
-    except WeightsInvalid:
-        raise
-    except Exception as error:  # a configuration can ask for anything
-        reason = str(error) or type(error).__name__
-        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
-    empty, width = model.state_dict(), config.hidden_size
-    table = tensor_names.pieces(config.num_layers, config.num_single_layers)
-    modulations = {id(layer) for layer in model.modulations()}
-    streamed = {
-        f"{name}.{kind}"
-        for name, module in model.named_modules()
-        if id(module) in modulations
-        for kind in ("weight", "bias")
-    }
-    wanted = {
-        name: tuple(tensor.shape)
-        for name, tensor in tensor_names.to_diffusers(empty, table, width).items()
-    }
-    places: dict[str, list[tensor_names.Piece]] = {}
-    for piece in table:
-        places.setdefault(piece.diffusers, []).append(piece)
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in _tensors(files, wanted):
-        for piece in places[name]:
-            original = piece.original
-            if original not in state:
-                place = devices[original in streamed]
-                state[original] = torch.empty(empty[original].shape, dtype=dtype, device=place)
-            piece.of_original(state[original], width).copy_(piece.of_diffusers(tensor, width))
-        on_bytes(folder.name, tensor.nbytes)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def _tensors(
-    files: list[Path], wanted: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of `files`, after seeing that they are those of the model, in its shapes."""
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        found |= {name: tuple(t["shape"]) for name, t in check_safetensors(file).items()}
-    faults = [f"{name} is missing" for name in wanted if name not in found]
-    faults += [
-        f"{name} is {found[name]} where config.json says {wanted[name]}"
-        for name in wanted
-        if found.get(name, wanted[name]) != wanted[name]
-    ]
-    faults += [f"{name} is not part of the model" for name in found if name not in wanted]
-    _refuse_faults(", ".join(str(file) for file in files), faults)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    yield name, reader.get_tensor(name)
-        except SafetensorError as error:
-            raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
-
-
-def _refuse_faults(where: str, faults: list[str]) -> None:
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise WeightsInvalid(f"{where}: tensor {faults[0]}{more}")
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own report and progress bar; its settings are put back."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

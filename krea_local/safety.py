@@ -38,7 +38,7 @@ class SafetyChecker:
         import torch
         from transformers import ViTForImageClassification, ViTImageProcessorPil
 
-        from krea_local.loading import load_pretrained
+        from krea_local.components import load_pretrained
 
         for name in ("config.json", "preprocessor_config.json"):
             if not (folder / name).exists():

@@ -1,8 +1,9 @@
 """Find a checkpoint: built in, in a folder, or on the hub.
 
 A checkpoint is a folder in the diffusers layout of FLUX.1 [dev]: `transformer/`, `vae/`,
-`text_encoder/`, `text_encoder_2/`, `tokenizer/`, `tokenizer_2/`, `scheduler/`. A folder means
-offline: nothing is fetched; only a hub id may be. Knows nothing of what is in the files.
+`text_encoder/`, `text_encoder_2/`, `tokenizer/`, `tokenizer_2/`, `scheduler/`. Its two large parts,
+transformer and T5, may come from single files instead. A folder means offline: nothing is fetched;
+only a hub id may be. Knows nothing of what is in the files.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krea_local.errors import (
     InvalidRequest,
+    KreaError,
     LicenceRequired,
     UnsupportedModel,
     WeightsError,
@@ -56,13 +58,16 @@ SRPO = Family("FLUX.1 SRPO [dev]", "tencent/SRPO", 4.5, "srpo", base_repo=DEV.re
 FAMILIES = (KREA, DEV, SRPO)
 
 SAFETY_CHECKER_REPO = "Falconsai/nsfw_image_detection"
+SAFETY_CHECKER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 MODEL_VARIABLE = "KREA_LOCAL_MODEL"
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 FOLDERS = (*COMPONENTS, "tokenizer", "tokenizer_2", "scheduler")
 SRPO_FILE = "diffusion_pytorch_model.safetensors"
 # The two single files in the repository's root repeat 24 GB of the folders.
 PATTERNS = ["model_index.json", *(f"{folder}/*" for folder in FOLDERS)]
+SINGLE_FILES = (".safetensors", ".sft", ".gguf")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+IGNORED = [f"*{suffix}" for suffix in PICKLES]  # never read, so never fetched
 
 # Names that people mistake for this model, told apart before anything is fetched.
 OTHER_MODELS = (
@@ -85,6 +90,7 @@ class Checkpoint:
         family: whose defaults it has.
         folder: the diffusers layout.
         transformer_file: a transformer outside `folder`, or None.
+        text_encoder_2_file: T5 outside `folder`, or None.
         offline: it came from a folder, so nothing that belongs to it is fetched either.
     """
 
@@ -92,18 +98,27 @@ class Checkpoint:
     family: Family
     folder: Path
     transformer_file: Path | None = None
+    text_encoder_2_file: Path | None = None
     offline: bool = True
 
 
 def find(
-    model: str | os.PathLike[str] | None = None, *, token: str | None = None, fetch: bool = True
+    model: str | os.PathLike[str] | None = None,
+    *,
+    transformer: str | os.PathLike[str] | None = None,
+    text_encoder_2: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    fetch: bool = True,
 ) -> Checkpoint:
     """Find the files of `model`, fetching them only if it is named and lives on the hub.
 
     Args:
-        model: "tiny"; "krea", "dev", "srpo" (folders of these names are "./dev" …); a folder; a hub
-            id; or None for what the variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the
-            hub's cache holds it.
+        model: "tiny"; "krea", "dev", "srpo" (folders of these names are "./dev" …); a
+            folder; a hub id; a file with a transformer, whose other parts are then looked for
+            beside it or where None finds them; or None for what the variable KREA_LOCAL_MODEL says,
+            else FLUX.1 Krea [dev] if the hub's cache holds it.
+        transformer: a file to take instead of the model's own transformer.
+        text_encoder_2: a file to take instead of its T5.
         token: the hub's access token; by default HF_TOKEN or the one `hf auth login` saved.
         fetch: False to look for a hub id in the hub's cache only.
 
@@ -113,28 +128,79 @@ def find(
         UnsupportedModel: another architecture.
         WeightsInvalid: a pickle.
     """
+    files = {"transformer": transformer, "text_encoder_2": text_encoder_2}
+    apart = {name: _weights_file(name, file) for name, file in files.items() if file is not None}
     if model is None:
         model = os.environ.get(MODEL_VARIABLE) or None
-    if model is None:
-        return _find_default()
-    if not isinstance(model, (str, os.PathLike)):
+    if model is not None and not isinstance(model, (str, os.PathLike)):
         raise InvalidRequest(f"model={model!r}: should be a name or a path")
+    path = expanded(os.fspath(model)) if model is not None else None
+    if path is not None and path.suffix.lower() in SINGLE_FILES and not path.is_dir():
+        if "transformer" in apart:
+            raise InvalidRequest(f"model={str(path)!r} is a transformer, and so is transformer=")
+        apart["transformer"] = _weights_file("model", path)
+        model = _beside(path) or _default_folder()
+    checkpoint = _find(model, tuple(apart), token=token, fetch=fetch)
+    if "transformer" in apart:
+        name = apart["transformer"].stem
+        family = _guess_family(name, default=checkpoint.family)
+        checkpoint = replace(checkpoint, label=name, family=family)
+    return replace(
+        checkpoint,
+        transformer_file=apart.get("transformer", checkpoint.transformer_file),
+        text_encoder_2_file=apart.get("text_encoder_2"),
+    )
+
+
+def _find(
+    model: str | os.PathLike[str] | None, apart: tuple[str, ...], *, token: str | None, fetch: bool
+) -> Checkpoint:
+    """As `find`; of the components `apart`, only the configuration is wanted."""
+    if model is None:
+        return _find_default(apart)
     text = os.fspath(model)
-    path = expanded(text)
     if text == "tiny":
         return Checkpoint(label="tiny", family=KREA, folder=_tiny_folder())
-    alias = next((known for known in FAMILIES if text == known.alias), None)
-    if not alias and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text)):
-        return _find_folder(path)
-    family = alias or next((known for known in FAMILIES if text == known.repo), None)
-    repo = family.repo if family else text
+    on_hub = find_repo(text)
+    if on_hub is None:
+        return _find_folder(expanded(text))
+    family, repo = on_hub
+    return find_on_hub(family, repo, apart, token=token, local_files_only=not fetch)
+
+
+def find_repo(model: str) -> tuple[Family, str] | None:
+    """The family and hub id that `model` names, an alias or an id; None if it names a path.
+
+    Raises:
+        UnsupportedModel: another architecture, by its name.
+        WeightsNotFound: neither a path nor a hub id.
+    """
+    alias = next((known for known in FAMILIES if model == known.alias), None)
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model)
+    if not alias and (expanded(model).exists() or not is_id):
+        return None
+    family = alias or next((known for known in FAMILIES if model == known.repo), None)
+    repo = family.repo if family else model
     _refuse_by_name(repo)
     if "/" not in repo:
         names = ", ".join(repr(known.alias) for known in FAMILIES)
-        raise WeightsNotFound(f"no model {text!r}: give a folder, a hub id, {names} or 'tiny'")
-    return _find_on_hub(
-        family or _guess_family(repo), repo, token=token, local_files_only=not fetch
-    )
+        raise WeightsNotFound(f"no model {model!r}: give a folder, a hub id, {names} or 'tiny'")
+    return family or _guess_family(repo), repo
+
+
+def needed(family: Family, repo: str, apart: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
+    """What a model takes of the hub: repositories, each with the patterns of the files' names.
+
+    Of the components `apart`, and of a base's 24 GB transformer, only the configuration.
+    """
+
+    def patterns(*apart: str) -> list[str]:
+        spared = {f"{name}/*": f"{name}/config.json" for name in apart}
+        return [spared.get(pattern, pattern) for pattern in PATTERNS]
+
+    if family.base_repo and repo == family.repo:
+        return [(repo, [SRPO_FILE]), (family.base_repo, patterns("transformer", *apart))]
+    return [(repo, patterns(*apart))]
 
 
 def find_safety_checker(checkpoint: Checkpoint, source: str | os.PathLike[str]) -> Path:
@@ -154,39 +220,77 @@ def find_safety_checker(checkpoint: Checkpoint, source: str | os.PathLike[str]) 
     if folder.is_dir():
         return folder
     try:
-        return _snapshot(
+        return snapshot(
             text,
-            ["config.json", "preprocessor_config.json", "model.safetensors"],
+            SAFETY_CHECKER_FILES,
             token=None,
             local_files_only=checkpoint.offline,
         )
     except WeightsError as error:
         raise WeightsNotFound(
             f"the safety checker {text!r} is not there ({own} or the hub's cache): get it with "
-            f"`hf download {SAFETY_CHECKER_REPO} config.json preprocessor_config.json "
-            "model.safetensors`, or switch it off with enable_safety_checker=False "
-            "(--no-enable-safety-checker)"
+            f"`krea-local download {SAFETY_CHECKER_REPO}`, or switch it off with "
+            "enable_safety_checker=False (--no-enable-safety-checker)"
         ) from error
 
 
-def _find_default() -> Checkpoint:
+def _weights_file(name: str, file: str | os.PathLike[str]) -> Path:
+    """The path of a single file of weights.
+
+    Raises:
+        InvalidRequest: not a path, or of a kind that is none.
+        WeightsInvalid: a pickle.
+        WeightsNotFound: no such file.
+    """
+    if not isinstance(file, (str, os.PathLike)):
+        raise InvalidRequest(f"{name}={file!r}: should be a path")
+    path = expanded(os.fspath(file))
+    _refuse_pickle(path)
+    if path.suffix.lower() not in SINGLE_FILES:
+        raise InvalidRequest(f"{name}={str(path)!r}: should be a file, {', '.join(SINGLE_FILES)}")
+    if not path.is_file():
+        raise WeightsNotFound(f"no file {str(path)!r}")
+    return path
+
+
+def _default_folder() -> str | Path | None:
+    """What the variable KREA_LOCAL_MODEL names, or the checkpoint beside the file that it names."""
+    named = os.environ.get(MODEL_VARIABLE) or None
+    if named and expanded(named).suffix.lower() in SINGLE_FILES:
+        return _beside(expanded(named))
+    return named
+
+
+def _beside(file: Path) -> Path | None:
+    """The folder of `file`, if it is a checkpoint that lacks nothing but perhaps a transformer."""
+    folder = file.parent
+    complete = all((folder / name).is_dir() for name in FOLDERS)
+    return folder if complete else None
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in PICKLES:
+        raise WeightsInvalid(f"{str(path)!r} is a pickle, which can run any code: it is never read")
+
+
+def _find_default(apart: tuple[str, ...]) -> Checkpoint:
     try:
-        return _find_on_hub(KREA, KREA.repo, token=None, local_files_only=True)
+        return find_on_hub(KREA, KREA.repo, apart, token=None, local_files_only=True)
     except WeightsNotFound as error:
         raise WeightsNotFound(
-            f"no weights of {KREA.name} on this machine. To fetch its 33.7 GB, name it: "
-            f"model='{KREA.alias}' (--model {KREA.alias}). To use a folder, name that, or set "
-            f"{MODEL_VARIABLE}. To try without weights: model='tiny' (weights.md has the details)"
+            f"no weights of {KREA.name} on this machine. To fetch its 33.7 GB: `krea-local "
+            f"download`, or name it: model='{KREA.alias}' (--model {KREA.alias}). To use a folder, "
+            f"name that, or set {MODEL_VARIABLE}. To try without weights: model='tiny' (weights.md "
+            "has the details)"
         ) from error
 
 
 def _find_folder(path: Path) -> Checkpoint:
-    if path.suffix in PICKLES:
-        raise WeightsInvalid(f"{str(path)!r} is a pickle, which can run any code: it is never read")
+    _refuse_pickle(path)
     if path.is_file():
         raise UnsupportedModel(
-            f"{str(path)!r} is a single file: give the folder with transformer/, vae/, "
-            "text_encoder/ … (weights.md shows it)"
+            f"{str(path)!r} is not a file of weights ({', '.join(SINGLE_FILES)}): give one, or the "
+            "folder with transformer/, vae/, text_encoder/ … (weights.md shows it)"
         )
     if not path.is_dir():
         raise WeightsNotFound(f"no folder {str(path)!r}")
@@ -200,35 +304,57 @@ def _find_folder(path: Path) -> Checkpoint:
     )
 
 
-def _guess_family(name: str) -> Family:
-    """The family that a folder's or repository's name speaks of; FLUX.1 Krea [dev] if none."""
+def _guess_family(name: str, default: Family = KREA) -> Family:
+    """The family that a file's, folder's or repository's name speaks of; `default` if none."""
     lowered = name.lower()
     if "srpo" in lowered:
         return SRPO
+    if "krea" in lowered:
+        return KREA
     if re.search(r"flux[.-]?1[.-]dev", lowered):
         return DEV
-    return KREA
+    return default
 
 
-def _find_on_hub(
-    family: Family, repo: str, *, token: str | None, local_files_only: bool = False
+def find_on_hub(
+    family: Family,
+    repo: str,
+    apart: tuple[str, ...] = (),
+    *,
+    token: str | None,
+    local_files_only: bool = False,
 ) -> Checkpoint:
-    if family.base_repo and repo == family.repo:
-        file = _snapshot(repo, [SRPO_FILE], token=token, local_files_only=local_files_only)
-        # Its base's own 24 GB transformer is not needed, only that transformer's configuration.
-        patterns = [*(p for p in PATTERNS if p != "transformer/*"), "transformer/config.json"]
-        folder = _snapshot(
-            family.base_repo, patterns, token=token, local_files_only=local_files_only
-        )
-        return Checkpoint(repo, family, folder, file / SRPO_FILE, offline=local_files_only)
-    folder = _snapshot(repo, PATTERNS, token=token, local_files_only=local_files_only)
-    return Checkpoint(repo, family, folder, offline=local_files_only)
+    """The checkpoint of a hub id, without the weights of what is `apart`; raises as `find`."""
+    *own, folder = [
+        snapshot(repository, patterns, token=token, local_files_only=local_files_only)
+        for repository, patterns in needed(family, repo, apart)
+    ]
+    file = own[0] / SRPO_FILE if own else None
+    return Checkpoint(repo, family, folder, file, offline=local_files_only)
 
 
-def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_only: bool) -> Path:
+def snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_only: bool) -> Path:
+    """The folder in the hub's cache of a repository's files; raises as `find`."""
     from huggingface_hub import snapshot_download
+
+    with told_of_hub(repo):
+        return Path(
+            snapshot_download(
+                repo,
+                allow_patterns=patterns,
+                ignore_patterns=IGNORED,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
+
+
+@contextlib.contextmanager
+def told_of_hub(repo: str) -> Iterator[None]:
+    """Turn what the hub's client raises about `repo` into our errors."""
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -236,11 +362,9 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
     page = f"https://huggingface.co/{repo}"
     login = "run `hf auth login` or set HF_TOKEN"
     try:
-        return Path(
-            snapshot_download(
-                repo, allow_patterns=patterns, token=token, local_files_only=local_files_only
-            )
-        )
+        yield
+    except KreaError:
+        raise
     except GatedRepoError as error:
         raise LicenceRequired(
             f"{repo} is gated: accept its licence at {page}, then {login} (a token with read "
@@ -254,11 +378,16 @@ def _snapshot(repo: str, patterns: list[str], *, token: str | None, local_files_
             "check the connection and HF_HUB_OFFLINE, and try again"
         ) from error
     except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise LicenceRequired(
+                f"the hub refuses {repo} to this token ({error.response.status_code}): {login} "
+                "with a token that may read gated repositories"
+            ) from error
         # HTTP errors, a full disk, and the transport's own errors, whose classes depend on the HTTP
         # library that the hub's client happens to use.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsNotFound(
-            f"could not fetch {repo}: {reason[0]} (run it again: it goes on where it stopped)"
+            f"could not fetch {repo}: {reason[0]} (run it again: what is whole is kept)"
         ) from error
 
 

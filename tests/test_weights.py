@@ -62,7 +62,9 @@ def test_the_variable_sets_the_default(tiny_folder: Path, monkeypatch: pytest.Mo
 
 
 def test_without_a_name_nothing_is_fetched_and_every_way_is_told() -> None:
-    with pytest.raises(WeightsNotFound, match=r"33.7 GB.*KREA_LOCAL_MODEL.*model='tiny'"):
+    with pytest.raises(
+        WeightsNotFound, match=r"33.7 GB.*`krea-local download`.*KREA_LOCAL_MODEL.*model='tiny'"
+    ):
         weights.find()
 
 
@@ -101,9 +103,9 @@ def test_what_is_not_there_is_told(name: str, error: type[Exception], message: s
         weights.find(name)
 
 
-def test_single_files_and_pickles_are_refused(tmp_path: Path) -> None:
+def test_other_files_and_pickles_are_refused(tmp_path: Path) -> None:
     for name, error in (
-        ("flux1-krea-dev.safetensors", UnsupportedModel),
+        ("flux1-krea-dev.zip", UnsupportedModel),
         ("flux1-krea-dev.ckpt", WeightsInvalid),
         ("model.bin", WeightsInvalid),
     ):
@@ -120,7 +122,9 @@ def test_the_safety_checker_is_looked_for_in_the_checkpoint_then_by_name(
     assert weights.find_safety_checker(checkpoint, repo) == tiny_folder / "safety_checker"
     assert weights.find_safety_checker(checkpoint, tmp_path) == tmp_path
     bare = weights.find(tmp_path)
-    with pytest.raises(WeightsNotFound, match=r"hf download.*enable_safety_checker=False"):
+    with pytest.raises(
+        WeightsNotFound, match=r"krea-local download Falcons.*enable_safety_checker=False"
+    ):
         weights.find_safety_checker(bare, repo)
 
 
@@ -218,7 +222,7 @@ except krea_local.WeightsNotFound as error:
     assert hub.asked == []
 
 
-def test_a_connection_that_breaks_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_breaks_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     class RemoteProtocolError(Exception):
@@ -228,7 +232,9 @@ def test_a_connection_that_breaks_says_that_it_goes_on(monkeypatch: pytest.Monke
         raise RemoteProtocolError("peer closed connection\nwithout sending complete message body")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    with pytest.raises(WeightsNotFound, match=r"peer closed connection \(run it again: it goes on"):
+    with pytest.raises(
+        WeightsNotFound, match=r"peer closed connection \(run it again: what is whole"
+    ):
         weights.find("krea")
 
 

@@ -1,0 +1,367 @@
+"""Read one component's weights into its model, after seeing that they are that model's.
+
+Transformer and T5 are read from any format that `formats` knows, CLIP and VAE from safetensors of
+floats. Every tensor is compared with the model in name and shape. Knows nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from krea_local.errors import WeightsInvalid
+from krea_local.files import check_safetensors, read_json, weight_files
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from transformers import PreTrainedModel, T5EncoderModel
+
+    from krea_local.formats import Stored
+    from krea_local.transformer import Config, FluxTransformer
+
+# What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
+HARMLESS_TENSORS = (
+    r"(^|\.)position_ids$|^encoder\.embed_tokens\.weight$|^(text|visual)_projection\.weight$"
+    r"|^logit_scale$|^vision_model\.|^decoder\.|^lm_head\.|(^|\.)pooler\."
+)
+
+TIED = "encoder.embed_tokens.weight"  # to shared.weight, in T5
+
+OnBytes = Callable[[str, int], None]
+"""(component, bytes read since the last call), while a checkpoint is read."""
+
+
+def load_pretrained(
+    kind: type[PreTrainedModel],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes | None = None,
+) -> Any:
+    """Read a transformers model from `folder`, refusing what transformers would only report.
+
+    transformers renames tensors between its versions, so its own reader is used; it fills missing
+    tensors with random numbers and goes on, which here is an error. Onto the device "meta" only
+    names and shapes are read.
+    """
+    from krea_local.memory import is_out_of_memory
+
+    files = weight_files(folder)
+    with _quiet_transformers():
+        try:
+            model, loaded = kind.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                device_map="meta" if device.type == "meta" else None,
+                ignore_mismatched_sizes=True,  # reported in `loaded`, and refused below
+                output_loading_info=True,
+            )
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # A configuration can ask for anything, and each class fails at it in its own way.
+            raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
+    faults = [f"{name} is missing" for name in sorted(loaded["missing_keys"])]
+    faults += [
+        f"{name} is {tuple(found)} where config.json says {tuple(wanted)}"
+        for name, found, wanted in sorted(loaded["mismatched_keys"])
+    ]
+    faults += [
+        f"{name} is not part of the model"
+        for name in sorted(loaded["unexpected_keys"])
+        if not re.search(HARMLESS_TENSORS, name)
+    ]
+    _refuse_faults(str(folder), faults)
+    if on_bytes:
+        on_bytes(folder.name, sum(file.stat().st_size for file in files))
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_module(
+    kind: Any,
+    folder: Path,
+    files: list[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes,
+) -> Any:
+    """Build a diffusers model without memory, then read its tensors one by one onto `device`."""
+    model = empty_module(kind, folder)
+    state = {}
+    for name, tensor in _tensors(files, _shapes(model)):
+        state[name] = tensor.to(device=device, dtype=dtype)
+        on_bytes(folder.name, tensor.nbytes)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def empty_module(kind: Any, folder: Path) -> Any:
+    """A diffusers model after its configuration, without memory."""
+    import torch
+
+    config = read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):  # of this thread only, unlike accelerate's patch of nn.Module
+            return kind.from_config(config)
+    except Exception as error:  # a configuration can ask for anything
+        reason = str(error) or type(error).__name__
+        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
+
+
+def empty_transformer(folder: Path) -> tuple[FluxTransformer, Config]:
+    """Our transformer after its configuration, without memory."""
+    import torch
+
+    from krea_local.transformer import Config, FluxTransformer
+
+    try:
+        config = Config.of(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            return FluxTransformer(config), config
+    except WeightsInvalid:
+        raise
+    except Exception as error:  # a configuration can ask for anything
+        reason = str(error) or type(error).__name__
+        raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
+
+
+def check_module(kind: Any, folder: Path, files: list[Path]) -> None:
+    """See that the tensors of `files` are those of a diffusers model; reads none of them.
+
+    Raises:
+        WeightsInvalid: one is missing, of another shape, or too many.
+    """
+    check_tensors(files, _shapes(empty_module(kind, folder)))
+
+
+def check_transformer(folder: Path, files: list[Path]) -> None:
+    """As `check_module`, of the transformer in any format and layout."""
+    from krea_local import formats
+
+    model, config = empty_transformer(folder)
+    with formats.opened(files) as stored:
+        _refuse_others(files, stored, _layout_of(stored, model, config))
+
+
+def check_t5(folder: Path, files: list[Path]) -> None:
+    """As `check_module`, of T5 in any format."""
+    from krea_local import formats
+
+    with formats.opened(files, "t5") as stored:
+        _t5_tensors(files, stored, _empty_t5(folder))
+
+
+def load_transformer(
+    folder: Path,
+    files: list[Path],
+    dtype: torch.dtype,
+    devices: tuple[torch.device, torch.device],
+    on_bytes: OnBytes,
+) -> FluxTransformer:
+    """Build our transformer without memory, then read the files' tensors into its fused ones.
+
+    `devices`: of the weights, and of the modulation's.
+    """
+    import torch
+
+    from krea_local import formats, tensor_names
+
+    model, config = empty_transformer(folder)
+    empty, width = model.state_dict(), config.hidden_size
+    table = tensor_names.pieces(config.num_layers, config.num_single_layers)
+    modulations = {id(layer) for layer in model.modulations()}
+    streamed = {
+        f"{name}.{kind}"
+        for name, module in model.named_modules()
+        if id(module) in modulations
+        for kind in ("weight", "bias")
+    }
+    places: dict[str, list[tensor_names.Piece]] = {}
+    for piece in table:
+        places.setdefault(piece.diffusers, []).append(piece)
+    state: dict[str, torch.Tensor] = {}
+
+    def of_state(name: str) -> torch.Tensor:
+        if name not in state:
+            place = devices[name in streamed]
+            state[name] = torch.empty(empty[name].shape, dtype=dtype, device=place)
+        return state[name]
+
+    with formats.opened(files) as stored:
+        wanted = _layout_of(stored, model, config)
+        _refuse_others(files, stored, wanted)
+        fused = wanted.keys() == empty.keys()
+        for name, one in stored.items():
+            tensor = one.read()
+            if fused:
+                of_state(name).copy_(tensor)
+            else:
+                for piece in places[name]:
+                    target = piece.of_original(of_state(piece.original), width)
+                    target.copy_(piece.of_diffusers(tensor, width))
+            on_bytes(folder.name, one.nbytes)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _layout_of(
+    stored: Mapping[str, Stored], model: FluxTransformer, config: Config
+) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names that most of the file's have: original or diffusers'."""
+    from krea_local import tensor_names
+
+    original = model.state_dict()
+    table = tensor_names.pieces(config.num_layers, config.num_single_layers)
+    diffusers = tensor_names.to_diffusers(original, table, config.hidden_size)
+    return max(diffusers, original, key=lambda names: sum(name in names for name in stored))
+
+
+def as_diffusers(transformer: FluxTransformer, folder: Path) -> FluxTransformer2DModel:
+    """diffusers' class with the weights of ours."""
+    from diffusers import FluxTransformer2DModel
+
+    from krea_local import tensor_names
+
+    config = transformer.config
+    table = tensor_names.pieces(config.num_layers, config.num_single_layers)
+    model = empty_module(FluxTransformer2DModel, folder)
+    state = tensor_names.to_diffusers(transformer.state_dict(), table, config.hidden_size)
+    model.load_state_dict(state, assign=True)
+    other: FluxTransformer2DModel = model.eval().requires_grad_(False)
+    return other
+
+
+def load_t5(
+    folder: Path, files: list[Path], dtype: torch.dtype, device: torch.device, on_bytes: OnBytes
+) -> T5EncoderModel:
+    """T5's encoder from files outside its folder, which has its configuration."""
+    from krea_local import formats
+
+    model = _empty_t5(folder)
+    with formats.opened(files, "t5") as found:
+        state = {}
+        for name, one in _t5_tensors(files, found, model).items():
+            state[name] = one.read().to(device=device, dtype=dtype)
+            on_bytes(folder.name, one.nbytes)
+    model.load_state_dict(state | {TIED: state["shared.weight"]}, assign=True)
+    model.tie_weights()
+    other: T5EncoderModel = model.eval().requires_grad_(False)
+    return other
+
+
+def _empty_t5(folder: Path) -> T5EncoderModel:
+    """T5's encoder after its configuration, without memory."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    try:
+        with torch.device("meta"):
+            return T5EncoderModel(T5Config.from_pretrained(str(folder), local_files_only=True))
+    except Exception as error:  # a configuration can ask for anything
+        raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
+
+
+def _t5_tensors(
+    files: list[Path], found: Mapping[str, Stored], model: T5EncoderModel
+) -> dict[str, Stored]:
+    """Those that the model has, after seeing that all are there."""
+    stored = {n: one for n, one in found.items() if not re.search(HARMLESS_TENSORS, n)}
+    _refuse_others(files, stored, {n: t for n, t in model.state_dict().items() if n != TIED})
+    return stored
+
+
+def check_tensors(files: list[Path], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """See that the tensors of `files` are those of the model, in its shapes.
+
+    Raises:
+        WeightsInvalid: one is missing, of another shape, or too many.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        found |= {name: tuple(t["shape"]) for name, t in check_safetensors(file).items()}
+    _refuse_shapes(files, found, wanted)
+
+
+def _tensors(
+    files: list[Path], wanted: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of `files`, after seeing that they are those of the model, in its shapes."""
+    check_tensors(files, wanted)
+    for file in files:
+        yield from tensors_of(file)
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file, one by one, by name.
+
+    Raises:
+        WeightsInvalid: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                yield name, reader.get_tensor(name)
+    except SafetensorError as error:
+        raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _refuse_others(
+    files: list[Path], stored: Mapping[str, Stored], wanted: Mapping[str, torch.Tensor]
+) -> None:
+    """As `_refuse_shapes`, of tensors."""
+    _refuse_shapes(
+        files,
+        {name: one.shape for name, one in stored.items()},
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+    )
+
+
+def _refuse_shapes(
+    files: list[Path],
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+    """See that `files` hold all tensors that the model has, in its shapes, and no others."""
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [
+        f"{name} is {found[name]} where config.json says {wanted[name]}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
+    ]
+    faults += [f"{name} is not part of the model" for name in found if name not in wanted]
+    _refuse_faults(", ".join(str(file) for file in files), faults)
+
+
+def _refuse_faults(where: str, faults: list[str]) -> None:
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise WeightsInvalid(f"{where}: tensor {faults[0]}{more}")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own report and progress bar; its settings are put back."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,513 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import krea_local
+from krea_local import (
+    InvalidRequest,
+    KreaError,
+    UnsupportedModel,
+    WeightsInvalid,
+    WeightsNotFound,
+    formats,
+    weights,
+)
+from krea_local.pipeline import Krea
+from krea_local.tensor_names import pieces, to_original
+
+Tensors = dict[str, Tensor]
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+LARGEST = 448.0  # of float8_e4m3
+
+
+@pytest.fixture(scope="module")
+def original(krea: Krea) -> Tensors:
+    """The tiny transformer's tensors under their original names, in bfloat16 as published."""
+    return {name: t.bfloat16() for name, t in krea.models.transformer.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def t5(tiny_folder: Path) -> Tensors:
+    return load_file(tiny_folder / "text_encoder_2" / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint without weights of transformer and T5."""
+    made = Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
+    for part in ("transformer", "text_encoder_2"):
+        for file in (made / part).glob("*.safetensors"):
+            file.unlink()
+    return made
+
+
+def load(folder: Path, tiny: Path, **files: Path) -> Krea:
+    """With what `files` do not hold from the tiny checkpoint."""
+    for part in {"transformer", "text_encoder_2"} - set(files):
+        for file in (tiny / part).glob("*.safetensors"):
+            shutil.copy(file, folder / part)
+    return krea_local.load(folder, device="cpu", dtype="float32", progress=False, **files)
+
+
+def transformer_of(krea: Krea) -> Tensors:
+    return dict(krea.models.transformer.state_dict())
+
+
+def t5_of(krea: Krea) -> Tensors:
+    return dict(krea.models.text_encoder_2.state_dict())
+
+
+def assert_equal(loaded: Tensors, wanted: Tensors) -> None:
+    for name, tensor in wanted.items():
+        assert torch.equal(loaded[name], tensor.float()), name
+
+
+def is_large(name: str, tensor: Tensor) -> bool:
+    """What programs that make small files round: the matrices of the blocks."""
+    return tensor.ndim == 2 and "block" in name and tensor.shape[1] % 32 == 0
+
+
+# --- how numbers are kept: (tensors as in bfloat16) -> (tensors of the file, what they stand for)
+
+
+def as_float8(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    stored = {
+        name: tensor.to(torch.float8_e4m3fn) if is_large(name, tensor) else tensor
+        for name, tensor in tensors.items()
+    }
+    return stored, {name: tensor.float() for name, tensor in stored.items()}
+
+
+def scaled(
+    tensors: Tensors, suffix: str, *, by_row: bool = False, shape: tuple[int, ...] = ()
+) -> tuple[Tensors, Tensors]:
+    stored, wanted = {}, {}
+    for name, tensor in tensors.items():
+        stored[name], wanted[name] = tensor, tensor.float()
+        if is_large(name, tensor):
+            most = tensor.float().abs().amax(1) if by_row else tensor.float().abs().max()
+            scale = most / LARGEST
+            column = scale[:, None] if by_row else scale
+            stored[name] = (tensor.float() / column).to(torch.float8_e4m3fn)
+            wanted[name] = stored[name].float() * column
+            scale = scale if by_row else scale.reshape(shape)
+            stored[name.replace("weight", suffix)] = scale
+    return stored, wanted
+
+
+def as_scaled_fp8(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    stored, wanted = scaled(tensors, "scale_weight", shape=(1,))
+    inputs = {
+        name.replace("scale_weight", "scale_input"): torch.full((1,), 0.5)
+        for name in stored
+        if name.endswith("scale_weight")
+    }
+    return stored | inputs | {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}, wanted
+
+
+def as_comfy_quant(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    stored, wanted = scaled(tensors, "weight_scale")
+    says = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    marks = {
+        name.replace("weight_scale", "comfy_quant"): says.clone()
+        for name in stored
+        if name.endswith("weight_scale")
+    }
+    return stored | marks, wanted
+
+
+def as_rows(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return scaled(tensors, "weight_scale", by_row=True)
+
+
+NF4 = torch.tensor(
+    [
+        *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
+        *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0),
+    ]
+)
+
+
+def as_nf4(tensors: Tensors, *, nested: bool = False) -> tuple[Tensors, Tensors]:
+    """As bitsandbytes keeps them: pairs in a byte, the first one in its upper half."""
+    stored, wanted = {}, {}
+    for name, tensor in tensors.items():
+        stored[name], wanted[name] = tensor, tensor.float()
+        if not is_large(name, tensor):
+            continue
+        blocks = tensor.float().reshape(-1, 64)
+        largest = blocks.abs().amax(1)
+        codes = (blocks / largest[:, None]).unsqueeze(-1).sub(NF4).abs().argmin(-1)
+        pairs = codes.reshape(-1, 2).to(torch.uint8)
+        stored[name] = (pairs[:, :1] << 4) | pairs[:, 1:]
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16"}
+        state["shape"] = list(tensor.shape)
+        absmax = largest
+        if nested:
+            levels = torch.linspace(-1, 1, 256)
+            offset = float(largest.mean())
+            groups = (largest - offset).split(256)
+            tops = torch.stack([group.abs().max() for group in groups])
+            spread = tops.repeat_interleave(256)[: len(largest)]
+            small = ((largest - offset) / spread).unsqueeze(-1).sub(levels).abs().argmin(-1)
+            absmax = small.to(torch.uint8)
+            largest = levels[small] * spread + offset
+            stored[f"{name}.nested_absmax"] = tops
+            stored[f"{name}.nested_quant_map"] = levels.clone()
+            state |= {"nested_blocksize": 256, "nested_offset": offset, "nested_dtype": "float32"}
+        stored[f"{name}.absmax"] = absmax
+        stored[f"{name}.quant_map"] = NF4.clone()
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        stored[f"{name}.quant_state.bitsandbytes__nf4"] = text
+        wanted[name] = (NF4[codes] * largest[:, None]).reshape(tensor.shape)
+    return stored, wanted
+
+
+def as_nested_nf4(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return as_nf4(tensors, nested=True)
+
+
+def as_is(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return dict(tensors), dict(tensors)
+
+
+Keeping = Callable[[Tensors], tuple[Tensors, Tensors]]
+KEPT = [as_is, as_float8, as_scaled_fp8, as_comfy_quant, as_rows, as_nf4, as_nested_nf4]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_transformer_in_its_original_layout(
+    keep: Keeping, prefix: str, original: Tensors, folder: Path, tiny_folder: Path
+) -> None:
+    stored, wanted = keep(original)
+    stored = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
+    if prefix:  # beside it, the other models of a file that holds all
+        stored["vae.decoder.conv_in.weight"] = torch.ones(3)
+        stored["text_encoders.clip_l.transformer.text_model.a.weight"] = torch.ones(3)
+    file = folder.parent / "flux1-krea-dev.safetensors"
+    save_file(stored, file)
+    krea = load(folder, tiny_folder, transformer=file)
+    assert_equal(transformer_of(krea), wanted)
+    assert krea.label == "flux1-krea-dev"
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_transformer_in_diffusers_layout(
+    keep: Keeping, folder: Path, tiny_folder: Path, krea: Krea
+) -> None:
+    stored, wanted = keep(load_file(tiny_folder / TRANSFORMER))
+    save_file(stored, folder / TRANSFORMER)
+    for part in ("text_encoder_2",):
+        shutil.copy(tiny_folder / part / "model.safetensors", folder / part)
+    config = krea.models.transformer.config
+    table = pieces(config.num_layers, config.num_single_layers)
+    loaded = krea_local.load(folder, device="cpu", dtype="float32", progress=False)
+    assert_equal(transformer_of(loaded), to_original(wanted, table, config.hidden_size))
+
+
+@pytest.mark.parametrize("keep", [as_is, as_float8, as_scaled_fp8, as_rows])
+def test_t5_from_a_single_file(keep: Keeping, t5: Tensors, folder: Path, tiny_folder: Path) -> None:
+    stored, wanted = keep(t5)
+    file = folder.parent / "t5xxl.safetensors"
+    save_file(stored, file)
+    assert_equal(t5_of(load(folder, tiny_folder, text_encoder_2=file)), wanted)
+
+
+def test_both_engines_draw_the_same_picture_from_a_single_file(
+    original: Tensors, folder: Path, tiny_folder: Path, krea: Krea, krea_diffusers: Krea
+) -> None:
+    file = folder.parent / "flux1-krea-dev.safetensors"
+    save_file(original, file)
+
+    def picture(model: Krea) -> bytes:
+        size = {"width": 64, "height": 64}
+        result = model.txt2img("a fox", image_size=size, num_inference_steps=2, seed=1)
+        return result.images[0].tobytes()
+
+    assert picture(load(folder, tiny_folder, transformer=file)) == picture(krea)
+    theirs = krea_local.load(
+        folder, transformer=file, device="cpu", engine="diffusers", progress=False
+    )
+    assert picture(theirs) == picture(krea_diffusers)
+
+
+# --- GGUF
+
+
+def write_gguf(
+    file: Path,
+    architecture: str,
+    tensors: Tensors,
+    kind: gguf.GGMLQuantizationType,
+    name_of: Callable[[str], str] = str,
+) -> Tensors:
+    """Write a file as llama.cpp and its kin do; returns what its tensors stand for."""
+    writer = gguf.GGUFWriter(file, architecture)
+    wanted = {}
+    for name, tensor in tensors.items():
+        numbers = tensor.float().numpy()
+        here = kind if is_large(name, tensor) else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(numbers, here)
+        writer.add_tensor(name_of(name), data, raw_dtype=here)
+        wanted[name] = torch.from_numpy(gguf.dequantize(data, here).copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return wanted
+
+
+SIMPLE_KINDS = ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"]
+
+
+@pytest.mark.parametrize("kind", SIMPLE_KINDS)
+def test_a_transformer_in_gguf(
+    kind: str, original: Tensors, folder: Path, tiny_folder: Path
+) -> None:
+    file = folder.parent / f"flux1-krea-dev-{kind}.gguf"
+    wanted = write_gguf(file, "flux", original, gguf.GGMLQuantizationType[kind])
+    krea = load(folder, tiny_folder, transformer=file)
+    assert_equal(transformer_of(krea), wanted)
+    name = "double_blocks.0.img_attn.qkv.weight"
+    error = (transformer_of(krea)[name] - original[name].float()).norm()
+    assert error / original[name].float().norm() < (0.2 if kind.startswith("Q4") else 0.1)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_t5_in_gguf_under_llama_cpps_names(
+    kind: str, t5: Tensors, folder: Path, tiny_folder: Path
+) -> None:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 2)
+
+    def name_of(name: str) -> str:
+        found = names.get_name(name, try_suffixes=(".weight",))
+        assert found, name
+        return found
+
+    file = folder.parent / "t5-encoder.gguf"
+    wanted = write_gguf(file, "t5encoder", t5, gguf.GGMLQuantizationType[kind], name_of)
+    assert_equal(t5_of(load(folder, tiny_folder, text_encoder_2=file)), wanted)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL"])
+def test_blocks_at_the_true_width_are_the_numbers_that_diffusers_reads(
+    kind: str, tmp_path: Path
+) -> None:
+    """Another implementation of the same blocks."""
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+
+    here = gguf.GGMLQuantizationType[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[here]
+    random = np.random.default_rng(0)
+    rows, columns = 64, 3072
+    blocks = random.integers(0, 256, (rows * columns // block, nbytes), dtype=np.uint8)
+    for start in HALF_FLOATS[kind]:  # any bytes are numbers, but as scales they may be infinite
+        scales = random.normal(0, 0.01, len(blocks)).astype(np.float16)
+        blocks[:, start : start + 2] = scales[:, None].view(np.uint8)
+    data = blocks.reshape(rows, -1)
+    writer = gguf.GGUFWriter(tmp_path / "blocks.gguf", "flux")
+    writer.add_tensor("img_in.weight", data, raw_dtype=here)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with formats.opened([tmp_path / "blocks.gguf"]) as stored:
+        (one,) = stored.values()
+        assert (one.name, one.shape, one.kind) == ("img_in.weight", (rows, columns), kind)
+        ours = one.read()
+    theirs = dequantize_functions[here](torch.from_numpy(blocks), block, nbytes)
+    assert ours.isfinite().all()
+    assert ours.std() > 0
+    # Theirs multiplies half-precision scales as such here and there.
+    torch.testing.assert_close(ours, theirs.reshape(rows, columns).float(), rtol=2e-3, atol=2e-3)
+
+
+# Where each kind of block keeps its own scales.
+HALF_FLOATS = {
+    "Q8_0": [0],
+    "Q4_0": [0],
+    "IQ4_NL": [0],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
+
+
+def test_a_scaled_tensor_at_the_true_width(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {"double_blocks.0.img_attn.proj.weight": torch.randn(3072, 3072) * 0.02}
+    for keep, most in ((as_scaled_fp8, 0.03), (as_rows, 0.03), (as_nf4, 0.1), (as_float8, 0.06)):
+        stored, wanted = keep(tensors)
+        save_file(stored, tmp_path / "a.safetensors")
+        with formats.opened([tmp_path / "a.safetensors"]) as found:
+            ours = found["double_blocks.0.img_attn.proj.weight"].read()
+        assert_equal({"a": ours}, {"a": next(iter(wanted.values()))})
+        (tensor,) = tensors.values()
+        assert float((ours - tensor).norm() / tensor.norm()) < most
+
+
+# --- where the rest comes from
+
+
+def test_a_file_beside_a_checkpoint_takes_the_rest_from_there(
+    original: Tensors, folder: Path, tiny_folder: Path, krea: Krea
+) -> None:
+    shutil.copy(tiny_folder / "text_encoder_2" / "model.safetensors", folder / "text_encoder_2")
+    file = folder / "flux1-dev.safetensors"  # as in the published repositories
+    save_file(original, file)
+    found = weights.find(file)
+    assert (found.folder, found.transformer_file) == (folder, file)
+    assert found.family is weights.DEV
+    loaded = krea_local.load(file, device="cpu", progress=False)
+    assert_equal(transformer_of(loaded), transformer_of(krea))
+
+
+def test_a_file_elsewhere_takes_the_rest_from_the_default(
+    original: Tensors, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "elsewhere" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(original, file)
+    with pytest.raises(WeightsNotFound, match=r"33.7 GB"):
+        weights.find(file)
+    monkeypatch.setenv("KREA_LOCAL_MODEL", str(folder))
+    found = weights.find(file)
+    assert (found.folder, found.transformer_file, found.label) == (folder, file, "model")
+    assert found.family is weights.KREA
+    monkeypatch.delenv("KREA_LOCAL_MODEL")
+    assert weights.find(folder, transformer=file) == found
+
+
+def test_of_parts_that_come_from_files_only_the_configuration_is_fetched(
+    original: Tensors, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(repo: str, patterns: list[str], **_: object) -> Path:
+        asked.append(patterns)
+        return folder
+
+    monkeypatch.setattr(weights, "snapshot", snapshot)
+    files = {}
+    for part in ("transformer", "text_encoder_2"):
+        files[part] = tmp_path / f"{part}.safetensors"
+        files[part].write_bytes(b"")
+    weights.find("krea", transformer=files["transformer"])
+    weights.find("krea", **files)
+    for patterns, parts in zip(asked, (["transformer"], list(files)), strict=True):
+        for part in parts:
+            assert f"{part}/*" not in patterns
+            assert f"{part}/config.json" in patterns
+        assert "vae/*" in patterns
+    assert "text_encoder_2/*" in asked[0]
+
+
+# --- what is refused
+
+
+def refused(tensors: Tensors, tmp_path: Path, match: str) -> None:
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with (
+        pytest.raises(WeightsInvalid, match=match),
+        formats.opened([tmp_path / "bad.safetensors"]) as found,
+    ):
+        [one.read() for one in found.values()]
+
+
+def test_numbers_that_would_be_misread_are_refused(original: Tensors, tmp_path: Path) -> None:
+    name = "single_blocks.0.linear1"
+    stored, _ = as_scaled_fp8(original)
+    lacking = {key: value for key, value in stored.items() if key != f"{name}.scale_weight"}
+    refused(lacking, tmp_path, rf"{name}.weight is F8_E4M3 without the scale")
+    blocks = stored | {f"{name}.scale_weight": torch.ones(2, 3)}
+    refused(blocks, tmp_path, r"scale_weight is \(2, 3\): scales by block")
+    integers = original | {f"{name}.weight": torch.ones(4, 4, dtype=torch.int8)}
+    refused(integers, tmp_path, rf"{name}.weight is I8: such weights are not read")
+    stored, _ = as_comfy_quant(original)
+    for text, match in ((b'{"format": "nvfp4"}', "nvfp4"), (b"[]", "JSON object"), (b"{", "JSON")):
+        says = torch.tensor(list(text), dtype=torch.uint8)
+        refused(stored | {f"{name}.comfy_quant": says}, tmp_path, match)
+    stored, _ = as_nf4(original)
+    says = torch.tensor(list(b'{"shape": [2, 2]}'), dtype=torch.uint8)
+    state = f"{name}.weight.quant_state.bitsandbytes__nf4"
+    refused(stored | {state: says}, tmp_path, "lacks 'blocksize'")
+
+
+def test_a_tensor_too_many_or_too_few_is_named(
+    original: Tensors, folder: Path, tiny_folder: Path
+) -> None:
+    file = folder.parent / "flux1-krea-dev.safetensors"
+    name = "single_blocks.0.linear2.bias"
+    for tensors, match in (
+        (original | {"single_blocks.0.linear3.bias": torch.ones(3)}, "linear3.bias is not part"),
+        ({key: value for key, value in original.items() if key != name}, f"{name} is missing"),
+        (original | {name: torch.ones(3)}, rf"{name} is \(3,\) where config.json says \(64,\)"),
+        ({"guess": torch.ones(3)}, "is missing"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(WeightsInvalid, match=match):
+            load(folder, tiny_folder, transformer=file)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_gguf_is_named(
+    keep: int, original: Tensors, folder: Path, tiny_folder: Path
+) -> None:
+    file = folder.parent / "flux1.gguf"
+    write_gguf(file, "flux", original, gguf.GGMLQuantizationType.Q8_0)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(WeightsInvalid, match=r"flux1.gguf' is truncated or not GGUF"):
+        load(folder, tiny_folder, transformer=file)
+
+
+def test_a_gguf_of_another_model_is_refused(
+    original: Tensors, folder: Path, tiny_folder: Path
+) -> None:
+    file = folder.parent / "llama.gguf"
+    write_gguf(file, "llama", original, gguf.GGMLQuantizationType.Q8_0)
+    with pytest.raises(UnsupportedModel, match="GGUF of 'llama': read are flux"):
+        load(folder, tiny_folder, transformer=file)
+
+
+def test_without_the_package_gguf_it_is_said_how_to_get_it(
+    folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = folder.parent / "flux1.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(KreaError, match=r"pip install 'krea_local\[gguf\]'"):
+        load(folder, tiny_folder, transformer=file)
+
+
+def test_paths_that_are_none_are_refused(folder: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "flux1.ckpt"
+    pickled.write_bytes(pickle.dumps({}))
+    there = tmp_path / "there.safetensors"
+    there.write_bytes(b"")
+    for model, files, error, match in (
+        (folder, {"transformer": pickled}, WeightsInvalid, "is a pickle"),
+        (pickled, {}, WeightsInvalid, "is a pickle"),
+        (folder, {"transformer": folder}, InvalidRequest, "should be a file"),
+        (folder, {"text_encoder_2": 3}, InvalidRequest, "text_encoder_2=3: should be a path"),
+        (folder, {"transformer": tmp_path / "no.gguf"}, WeightsNotFound, "no file"),
+        (tmp_path / "no.safetensors", {}, WeightsNotFound, "no file"),
+        (there, {"transformer": there}, InvalidRequest, "and so is transformer="),
+    ):
+        with pytest.raises(error, match=match):
+            krea_local.load(model, **files)  # type: ignore[arg-type]
