@@ -102,7 +102,7 @@ def random_models(
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     cpu = torch.device("cpu")
-    home = cpu if offload == "model" else device
+    home = cpu if offload in ("model", "blocks") else device
     with init_empty_weights():  # which, unlike the meta device, makes buffers
         parts = {name: build(name) for name in CONFIGS if name != "transformer"}
     # Made on the device, wherever they go then: a CPU would need minutes.

@@ -6,9 +6,10 @@ steps of the last call had in common. Knows nothing of requests, text encoders o
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from krea_local import speed
-from krea_local.memory import is_out_of_memory, pin
+from krea_local.memory import is_out_of_memory, pin, pin_tensors
 from krea_local.sampling import Velocity, latent_ids, model_timestep
 from krea_local.schema import Acceleration
 from krea_local.skipping import StepCache
+from krea_local.streaming import BlockStream
 from krea_local.transformer import Conditioning, Execution, FluxTransformer
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from krea_local.cluster import Ulysses
 
 logger = logging.getLogger(__name__)
+
+ResidentBlocks = Callable[[Sequence[int]], int]
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class Engine:
         self.settings: dict[Acceleration, speed.Settings] = {}
         self.notices: dict[Acceleration, tuple[str, ...]] = {}
         self._float8: FluxTransformer | None = None
+        self._resident_blocks: ResidentBlocks | None = None
+        self._streams: dict[FluxTransformer, BlockStream] = {}
+        self._outside: dict[FluxTransformer, list[nn.Module]] = {}
         self._conditioning: tuple[Tensor, tuple[object, ...], Conditioning] | None = None
 
     def prepare(self, level: Acceleration) -> speed.Settings:
@@ -100,8 +107,40 @@ class Engine:
         return self.settings[level]
 
     def modules(self, level: Acceleration) -> list[nn.Module]:
-        """What has to be on the device for the steps of a level."""
-        return self.variant(self.prepare(level)).step_modules()
+        """What has to be on the device for the steps of a level, beside what `streaming` brings."""
+        return self._modules(self.variant(self.prepare(level)))
+
+    def streaming(self, level: Acceleration) -> AbstractContextManager[None]:
+        """Inside, the blocks' weights come to the device as a level's steps need them."""
+        if self._resident_blocks is None:
+            return nullcontext()
+        stream = self._stream(self.variant(self.prepare(level)))
+        for other in self._streams.values():
+            if other is not stream:
+                other.leave()  # two precisions have no room beside each other
+        return stream.open()
+
+    def block_bytes(self, level: Acceleration) -> list[int]:
+        """What each block takes at a level, where blocks are streamed; else nothing."""
+        if self._resident_blocks is None:
+            return []
+        return [home.nbytes for home in self._stream(self.variant(self.prepare(level))).homes]
+
+    def stream_blocks(self, resident_blocks: ResidentBlocks) -> None:
+        """From now on, have most blocks on the device only while they work.
+
+        Args:
+            resident_blocks: of a transformer whose blocks take so many bytes each, how many stay on
+                the device. Its weights are in host memory, and no call is under way.
+        """
+        self._resident_blocks = resident_blocks
+        self._outside = {}
+        for stream in self._streams.values():
+            stream.leave()
+            stream.keep(resident_blocks([home.nbytes for home in stream.homes]))
+        for model in (self.transformer, self._float8):
+            if model is not None:
+                self._stream(model)
 
     def variant(self, settings: speed.Settings) -> FluxTransformer:
         """The transformer, or itself in 8-bit floats, which is made when first asked for."""
@@ -109,8 +148,27 @@ class Engine:
             return self.transformer
         if self._float8 is None:
             self._float8 = self.transformer.in_float8(settings.execution.kernels, self.device)
+            if self._resident_blocks is not None:
+                self._stream(self._float8)
             pin([self._float8], self.device)
         return self._float8
+
+    def _modules(self, model: FluxTransformer) -> list[nn.Module]:
+        if model not in self._outside:
+            inside = set()
+            if self._resident_blocks is not None:
+                inside = {id(one) for block in model.step_blocks() for one in block}
+            self._outside[model] = [one for one in model.step_modules() if id(one) not in inside]
+        return self._outside[model]
+
+    def _stream(self, model: FluxTransformer) -> BlockStream:
+        if model not in self._streams:
+            assert self._resident_blocks is not None
+            stream = BlockStream(model.step_blocks(), self.device)
+            stream.keep(self._resident_blocks([home.nbytes for home in stream.homes]))
+            pin_tensors(stream.homes, self.device)
+            self._streams[model] = stream
+        return self._streams[model]
 
     def velocity(self, level: Acceleration, task: Task) -> Velocity:
         """The velocity of one batch. Its modules are on the device."""
@@ -135,6 +193,12 @@ class Engine:
     def forget(self) -> None:
         """Drop what is kept from call to call: 80 MB, and the weights in 8-bit floats."""
         self._conditioning = None
+        self._drop_float8()
+
+    def _drop_float8(self) -> None:
+        if self._float8 is not None:
+            self._streams.pop(self._float8, None)
+            self._outside.pop(self._float8, None)
         self._float8 = None
 
     def _repeat(
@@ -164,12 +228,13 @@ class Engine:
                 result = self._step(settings, latents, conditioning, step, cache)
             except Exception as again:
                 if is_out_of_memory(again):
+                    self.settings[level] = settings  # so that a call with more memory goes on here
                     raise
                 error = again
                 continue
             self.settings[level] = settings
             if not any(one.float8 for one in self.settings.values()):
-                self._float8 = None
+                self._drop_float8()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             notice = f"failed and runs {how} from now on, slower: {reason}"
             self.notices[level] = (f"acceleration={level!r} {notice}",)
@@ -185,14 +250,16 @@ class Engine:
         cache: StepCache | None,
     ) -> Tensor:
         model = self.variant(settings)
-        arguments = (latents, conditioning, step, settings.execution, cache)
         velocity: Tensor
-        if self.resident is None:
-            velocity = model(*arguments)
-        else:
-            # They are there already, unless a step failed and is repeated with other weights.
-            with self.resident(*model.step_modules()):
-                velocity = model(*arguments)
+        # They are there already, unless a step failed and is repeated with other weights.
+        with contextlib.ExitStack() as stack:
+            execution = settings.execution
+            if self.resident is not None:
+                stack.enter_context(self.resident(*self._modules(model)))
+            if self._resident_blocks is not None:
+                stack.enter_context(self._stream(model).open())
+                execution = replace(execution, streaming=self._stream(model))
+            velocity = model(latents, conditioning, step, execution, cache)
         return velocity
 
     def _condition(self, settings: speed.Settings, task: Task) -> Conditioning:
@@ -234,6 +301,10 @@ class DiffusersEngine:
     def modules(self, level: Acceleration) -> list[nn.Module]:
         """As `Engine.modules`."""
         return [self.transformer]
+
+    def streaming(self, level: Acceleration) -> AbstractContextManager[None]:
+        """As `Engine.streaming`: nothing is."""
+        return nullcontext()
 
     def velocity(self, level: Acceleration, task: Task) -> Velocity:
         """As `Engine.velocity`."""

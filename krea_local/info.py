@@ -12,7 +12,7 @@ from typing import Any
 
 from krea_local import weights
 from krea_local._version import __version__
-from krea_local.errors import KreaError
+from krea_local.errors import KreaError, OutOfMemory
 
 PACKAGES = (
     "torch",
@@ -68,6 +68,7 @@ def describe(facts: dict[str, Any]) -> str:
         )
         for offload, fit in gpu["fits"].items():
             lines.append(f"{'':16}   offload={offload!r}: {fit}")
+        lines.append(f"{'':16}   of these load takes {gpu['takes']}")
     for name in ("model", "safety_checker"):
         lines.append(f"{name:16} {facts[name]}")
     return "\n".join(lines)
@@ -75,9 +76,10 @@ def describe(facts: dict[str, Any]) -> str:
 
 def fits(free_gib: float) -> dict[str, str]:
     """For each `offload`, whether the 12 B model in bfloat16 fits at 1 megapixel, and why not."""
-    from krea_local.memory import OFFLOADS, Footprint
+    from krea_local.memory import OFFLOADS
+    from krea_local.plan import need
 
-    needs = {offload: getattr(Footprint(), offload) for offload in OFFLOADS}
+    needs = {offload: need(offload) for offload in OFFLOADS}
     return {
         offload: (
             f"fits: needs about {need:.1f} GiB at 1 megapixel"
@@ -86,6 +88,19 @@ def fits(free_gib: float) -> dict[str, str]:
         )
         for offload, need in needs.items()
     }
+
+
+def takes(free_gib: float) -> str:
+    """The `offload` that `load` takes of itself for the 12 B model where so much is free."""
+    from krea_local.plan import FLUX1, GIB, choose
+
+    try:
+        plan = choose(FLUX1, int(free_gib * GIB))
+    except OutOfMemory as error:
+        return f"none: {error}"
+    if plan.offload != "blocks":
+        return repr(plan.offload)
+    return f"'blocks', {plan.resident} of {len(FLUX1.blocks)} stay there"
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -100,6 +115,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "total_gib": round(total, 2),
         "free_gib": round(free, 2),
         "fits": fits(free),
+        "takes": takes(free),
     }
 
 

@@ -1,4 +1,4 @@
-"""What lives on the GPU when: everything always, or each model only while it works.
+"""What lives on the GPU when: everything always, or each model or block only while it works.
 
 Knows nothing of requests or of how pictures are made.
 """
@@ -10,7 +10,7 @@ import logging
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,29 +18,16 @@ from torch import nn
 
 from krea_local.errors import InvalidRequest, OutOfMemory
 
-Offload = Literal["none", "modulation", "model"]
+Offload = Literal["none", "modulation", "model", "blocks"]
 """`none`: all models stay on the GPU. `modulation`: all but the transformer's modulation, which an
-image needs once. `model`: encoders, transformer without modulation, and VAE take turns there."""
+image needs once. `model`: encoders, transformer without modulation, and VAE take turns there.
+`blocks`: so do the blocks of T5 and transformer, copied there ahead of their use."""
 
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 GIB = 2**30
 SMALLEST_PINNED = 2**20  # bytes; smaller ones are copied in no time, and share pages
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """GPU memory that the bfloat16 12 B model takes at 1 megapixel, one image, in GiB.
-
-    Weights are counted, activations computed, not measured: transformer 23.80 GB, 6.50 of it
-    modulation, T5 9.53, CLIP 0.25, VAE 0.17, safety checker 0.34; activations 0.46 GiB while
-    denoising, 1.5 GiB decoding.
-    """
-
-    none: float = (23.80 + 9.53 + 0.25 + 0.17 + 0.34) * 1e9 / GIB + 1.5
-    modulation: float = (23.80 - 6.50 + 9.53 + 0.25 + 0.17 + 0.34) * 1e9 / GIB + 1.5
-    model: float = (23.80 - 6.50 + 0.34) * 1e9 / GIB + 0.46
 
 
 def check_offload(offload: str) -> Offload:
@@ -86,7 +73,12 @@ def on_device(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
 
 
 def pin(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Lock the weights that lie in host memory there, so that they reach a GPU at full speed.
+    """Lock the weights of `modules` that lie in host memory; see `pin_tensors`."""
+    pin_tensors((p for module in modules for p in module.parameters()), device)
+
+
+def pin_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Lock those that lie in host memory there, so that they reach a GPU at full speed.
 
     In place, since torch's own pinned memory is rounded up to powers of two and would take a third
     more; so the weights must not be laid out anew afterwards. What cannot be locked (`ulimit -l`,
@@ -94,18 +86,25 @@ def pin(modules: Iterable[nn.Module], device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
+    # Else CUDA would begin work on another GPU.
+    current = torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
+    with current:
+        _pin_tensors(tensors, device)
+
+
+def _pin_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
     runtime: Any = torch.cuda.cudart()
     error = 0
-    for parameter in {id(p): p for module in modules for p in module.parameters()}.values():
-        large = parameter.device.type == "cpu" and parameter.nbytes >= SMALLEST_PINNED
-        if not large or parameter.is_pinned():
+    for tensor in {id(t): t for t in tensors}.values():
+        large = tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST_PINNED
+        if not large or tensor.is_pinned():
             continue
-        address = parameter.data_ptr()
-        failed = int(runtime.cudaHostRegister(address, parameter.nbytes, 0))
+        address = tensor.data_ptr()
+        failed = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
         if failed:
             error = failed
         else:
-            unlock = weakref.finalize(parameter, runtime.cudaHostUnregister, address)
+            unlock = weakref.finalize(tensor, runtime.cudaHostUnregister, address)
             unlock.atexit = False  # CUDA may be gone by then, and the memory goes anyway
     if error:
         logger.warning("some host memory cannot be locked: CUDA error %d", error)
@@ -131,6 +130,23 @@ def explained_out_of_memory(advice: str) -> Iterator[None]:
             torch.cuda.empty_cache()
         detail = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         raise OutOfMemory(f"memory does not suffice ({detail}): {advice}") from error
+
+
+def is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whether it is that of the GPU, not of the host."""
+    text = str(error).lower()
+    signs = ("cuda", "cublas", "cudnn", "gpu")
+    named = isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
+    return named and is_out_of_memory(error) and not isinstance(error, MemoryError)
+
+
+def available_host_memory() -> int | None:
+    """Bytes that can be had without swapping; None where Linux does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:

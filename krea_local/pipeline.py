@@ -7,12 +7,15 @@ nothing is left behind when it fails or is cancelled. Knows nothing of where wei
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
+import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,11 +40,16 @@ from krea_local.images import (
     resize,
 )
 from krea_local.memory import (
-    Footprint,
+    GIB,
     Offload,
+    available_host_memory,
     explained_out_of_memory,
+    is_out_of_gpu_memory,
     on_device,
+    pin,
+    pin_tensors,
 )
+from krea_local.plan import Plan, need
 from krea_local.progress import Bar, Call, OnStep, Stage
 from krea_local.recipe import with_recipe
 from krea_local.result import Result
@@ -66,6 +74,7 @@ from krea_local.schema import (
     documented,
     fit_input_size,
 )
+from krea_local.streaming import BlockStream
 from krea_local.transformer import FluxTransformer
 
 if TYPE_CHECKING:
@@ -73,20 +82,19 @@ if TYPE_CHECKING:
     from krea_local.loading import Models
     from krea_local.safety import SafetyChecker
 
+logger = logging.getLogger(__name__)
+
 STAGES: dict[type[Txt2ImgRequest | Img2ImgRequest], tuple[Stage, ...]] = {
     Txt2ImgRequest: ("text", "denoise", "decode", "safety"),
     Img2ImgRequest: ("text", "encode", "denoise", "decode", "safety"),
 }
 CACHED_PROMPTS = 8  # 4 MB each
-NEEDS = Footprint()
-OUT_OF_MEMORY_ADVICE: dict[Offload, str] = {
-    "none": f"load with offload='modulation' or 'model', with which the 12 B model takes about "
-    f"{NEEDS.modulation:.0f} or {NEEDS.model:.0f} GiB at 1 megapixel, make the image smaller, or "
-    "free the GPU",
-    "modulation": f"load with offload='model', with which the 12 B model takes about "
-    f"{NEEDS.model:.0f} GiB at 1 megapixel, make the image smaller, or free the GPU",
-    "model": "make the image smaller, or free the GPU",
-}
+TAKE_TURNS = ("model", "blocks")
+FREE_IT = "make the image smaller, or free the GPU"
+LET_IT_CHOOSE = (
+    "load with memory='auto', not offload=…, and the fastest way that fits is taken (the least is "
+    f"about {need('blocks'):.1f} GiB for the 12 B model at 1 megapixel), {FREE_IT}"
+)
 
 
 class Krea:
@@ -100,7 +108,9 @@ class Krea:
         label: what recipes call the model.
         guidance_scale: default of calls that name none.
         acceleration: default of calls that name none.
-        offload: what stays on the device.
+        offload: what stays on the device, where no `plan` says so.
+        plan: what stays on the device; where memory runs out in a call, it is repeated with a
+            smaller one. None: `offload` alone counts, and such a call fails.
         load_safety_checker: called once, before the first picture that is to be screened.
         batch_size: images of one call that are denoised together. 1 makes image i exactly the one
             that a call with its seed makes; more is faster where small images leave the GPU idle,
@@ -124,6 +134,7 @@ class Krea:
         load_safety_checker: Callable[[], SafetyChecker],
         acceleration: Acceleration = "none",
         offload: Offload = "none",
+        plan: Plan | None = None,
         batch_size: int = 1,
         progress: bool = True,
         compile: bool = False,
@@ -136,7 +147,8 @@ class Krea:
         self.label = label
         self.guidance_scale = guidance_scale
         self.acceleration = acceleration
-        self.offload = offload
+        self.offload: Offload = plan.offload if plan else offload
+        self.plan = plan
         self.batch_size = batch_size
         self.progress = progress
         self.group = group
@@ -145,7 +157,7 @@ class Krea:
             self.engine = Engine(
                 models.transformer,
                 device=device,
-                resident=self._resident if offload == "model" else None,
+                resident=self._resident,
                 compile=compile,
                 group=group,
             )
@@ -153,6 +165,9 @@ class Krea:
             self.engine = DiffusersEngine(models.transformer, device=device)
         else:
             raise InvalidRequest("engine='diffusers' does not share an image between processes")
+        self._t5: BlockStream | None = None
+        if self.offload == "blocks":
+            self._stream_blocks()
         self._load_safety_checker = load_safety_checker
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
@@ -264,10 +279,10 @@ class Krea:
                 self._apart = self.group is not None
                 with (
                     torch.inference_mode(),
-                    explained_out_of_memory(OUT_OF_MEMORY_ADVICE[self.offload]),
+                    explained_out_of_memory(FREE_IT if self.plan else LET_IT_CHOOSE),
                 ):
                     request = self._agreed(request, planned[0])
-                    result = self._run(request, *planned, on_step)
+                    result = self._run_somehow(request, *planned, on_step)
                 self._apart = False
             finally:
                 with self._switch:
@@ -308,7 +323,7 @@ class Krea:
         models = self.models
         with self._lock:
             if prompt not in self._prompts:
-                with self._resident(models.text_encoder, models.text_encoder_2):
+                with self._encoders():
                     embeds = text.encode_prompt(models, prompt, self.device)
                 self._prompts[prompt] = (*embeds, text.where_cut(models, prompt))
                 if len(self._prompts) > CACHED_PROMPTS:
@@ -380,7 +395,7 @@ class Krea:
             rows=rows,
             columns=columns,
         )
-        with self._lock, self._resident(*self._transformer_modules(request.acceleration)):
+        with self._transformer(request.acceleration):
             velocity = self.engine.velocity(request.acceleration, task)
             return denoise(velocity, pack(latent_map), sigmas, on_step)
 
@@ -388,6 +403,90 @@ class Krea:
         """How `acceleration` runs here: chosen, and its kernels compiled, when first asked for."""
         with self._lock, self._current_device():
             return self.engine.prepare(acceleration)
+
+    def _run_somehow(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        input_image: InputImage | None,
+        size: tuple[int, int],
+        notices: list[str],
+        on_step: OnStep | None,
+    ) -> Result:
+        """`_run`, and where memory runs out, again with less of the model on the GPU."""
+        first = self.plan
+        while True:
+            try:
+                return self._run(request, input_image, size, [*notices], on_step)
+            except Exception as error:
+                if not is_out_of_gpu_memory(error) or self.plan is None or self.group is not None:
+                    raise
+                smaller = self._smaller(self.plan, request.acceleration)
+                if smaller is None:
+                    if self.plan is not first:
+                        self._settle_again(first)
+                    raise
+                traceback.clear_frames(error.__traceback__)
+            logger.info("memory ran out; the call is repeated with\n%s", smaller)
+            self._settle(smaller)
+            gib = smaller.peak / GIB
+            notices.append(
+                f"memory did not suffice: from now on less of the model stays on the GPU, at most "
+                f"{gib:.1f} GiB with offload={smaller.offload!r}, and pictures take longer"
+            )
+
+    def _smaller(self, plan: Plan, level: Acceleration) -> Plan | None:
+        """The next plan with which this level takes less, if host memory has room for it."""
+        assert isinstance(self.engine, Engine)
+        available = available_host_memory()
+        moves = plan.offload != "blocks" and self.device.type != "cpu"
+        if moves and available is not None and available < plan.sizes.everything:
+            return None
+        blocks = self.engine.block_bytes(level) or plan.sizes.blocks
+        peak = plan.for_blocks(blocks).peak
+        smaller = plan.smaller()
+        while smaller is not None and smaller.for_blocks(blocks).peak >= peak:
+            smaller = smaller.smaller()
+        return smaller
+
+    def _settle_again(self, plan: Plan | None) -> None:
+        """After a call that no plan could help: as many blocks stay as did, or might have."""
+        assert plan is not None
+        if self.offload == "blocks":
+            budget = plan.budget or plan.peak
+            blocks = replace(plan, offload="blocks", resident=0, budget=budget)
+            self.plan = blocks.for_blocks(plan.sizes.blocks)
+            self._stream_blocks()
+
+    def _settle(self, plan: Plan) -> None:
+        """Go over to a plan that takes less."""
+        models, cpu = self.models, torch.device("cpu")
+        assert isinstance(self.engine, Engine)
+        parts = (self.engine.transformer, models.vae, models.text_encoder, models.text_encoder_2)
+        if plan.offload == "modulation":
+            for layer in self.engine.transformer.modulations():
+                layer.to(cpu)
+        elif self.offload != "blocks":
+            self.engine.forget()
+            self.offload = "model"  # right for whatever is moved already, should this fail
+            for part in parts:
+                part.to(cpu)
+        self.plan, self.offload = plan, plan.offload
+        if plan.offload == "blocks":
+            self._stream_blocks()
+        pin(parts, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _stream_blocks(self) -> None:
+        """Have T5 and the transformer visit the GPU block by block, as the plan says."""
+        assert isinstance(self.engine, Engine)
+        if self._t5 is None:
+            self._t5 = text.stream_t5(self.models.text_encoder_2, self.device)
+            pin_tensors(self._t5.homes, self.device)
+        self.engine.stream_blocks(self._resident_blocks)
+
+    def _resident_blocks(self, sizes: Sequence[int]) -> int:
+        return self.plan.for_blocks(sizes).resident if self.plan else 0
 
     def _run(
         self,
@@ -483,8 +582,7 @@ class Krea:
         assert request.seed is not None
         seeds = [request.seed + i for i in range(request.num_images)]
         batches = []
-        modules = self._transformer_modules(request.acceleration)
-        with call.stage("denoise"), self._resident(*modules):
+        with call.stage("denoise"), self._transformer(request.acceleration):
             for first in range(0, len(seeds), self.batch_size):
                 batch = seeds[first : first + self.batch_size]
 
@@ -514,7 +612,7 @@ class Krea:
         if not bool(tensor.isfinite().all()):
             raise GenerationFailed(
                 f"{self.label} produced NaN or infinity at seed {request.seed}: its weights are "
-                "damaged (weights.md says how to verify them), or the GPU is"
+                "damaged (`krea-local verify` tells), or the GPU is"
             )
 
     def _screen(
@@ -622,16 +720,33 @@ class Krea:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _transformer_modules(self, acceleration: Acceleration) -> list[nn.Module]:
-        """What has to be on the device for the steps of a call."""
+    @contextlib.contextmanager
+    def _transformer(self, acceleration: Acceleration) -> Iterator[None]:
+        """Have what the steps of a call need on the device, and to oneself."""
         with self._lock, self._current_device():
-            return self.engine.modules(acceleration)
+            modules = self.engine.modules(acceleration)
+            with self._resident(*modules), self.engine.streaming(acceleration):
+                yield
+
+    @contextlib.contextmanager
+    def _encoders(self) -> Iterator[None]:
+        """Have the text encoders on the device, and to oneself."""
+        models = self.models
+        if self._t5 is None:
+            with self._resident(models.text_encoder, models.text_encoder_2):
+                yield
+        else:
+            outside = text.outside_blocks(models.text_encoder_2)
+            with self._resident(models.text_encoder, *outside), self._t5.open():
+                yield
+            if self.plan is not None and self.device.type == "cuda":
+                torch.cuda.empty_cache()  # places for T5's blocks are too small for others
 
     @contextlib.contextmanager
     def _resident(self, *modules: nn.Module) -> Iterator[None]:
         """Have `modules` on the device, and to oneself."""
         with self._lock, self._current_device():
-            if self.offload == "model":
+            if self.offload in TAKE_TURNS:
                 with on_device(list(modules), self.device):
                     yield
             else:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from krea_local.streaming import BlockStream
 
 if TYPE_CHECKING:
     import torch
+    from transformers import T5EncoderModel
 
     from krea_local.loading import Models
 
@@ -37,6 +40,22 @@ def encode_prompt(models: Models, prompt: str, device: torch.device) -> tuple[Te
     pooled_prompt_embeds = models.text_encoder(tokens).pooler_output.to(dtype)
     # No mask: FLUX.1 was trained with padding tokens attended to.
     return models.text_encoder_2(tokens_2)[0].to(dtype), pooled_prompt_embeds
+
+
+def stream_t5(encoder: T5EncoderModel, device: torch.device) -> BlockStream:
+    """Have T5's blocks on `device` only while they work, inside the `open` of what is returned."""
+    blocks = list(encoder.encoder.block)
+    stream = BlockStream([[block] for block in blocks], device, again=False)
+    for i, block in enumerate(blocks):
+        # The default binds this block's number, not the last one's.
+        block.register_forward_pre_hook(lambda *_, i=i: stream.acquire(i))
+        block.register_forward_hook(lambda *_, i=i: stream.release(i))
+    return stream
+
+
+def outside_blocks(encoder: T5EncoderModel) -> list[nn.Module]:
+    """T5's modules that are in none of its blocks."""
+    return [encoder.shared, encoder.encoder.embed_tokens, encoder.encoder.final_layer_norm]
 
 
 def where_cut(models: Models, prompt: str) -> str | None:

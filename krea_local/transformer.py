@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, cast
 
@@ -80,6 +81,13 @@ class Group(Protocol):
         """The sum over processes."""
 
 
+class Streaming(Protocol):
+    """Who has the blocks' weights where they are computed; see `streaming`."""
+
+    def block(self, i: int) -> AbstractContextManager[None]:
+        """Have those of block `i` there inside."""
+
+
 class Cache(Protocol):
     """What may spare most of a step; see `skipping`."""
 
@@ -104,12 +112,14 @@ class Execution:
         attention: one implementation of it.
         gelu_epilogue: in double blocks, GELU within the matrix product before it.
         group: other processes that have a part of the tokens each.
+        streaming: what brings each block's weights; None where they are.
     """
 
     kernels: Kernels = PLAIN
     attention: attention.Attention = attention.DEFAULT
     gelu_epilogue: bool = False
     group: Group | None = None
+    streaming: Streaming | None = None
 
 
 @dataclass(frozen=True)
@@ -261,6 +271,12 @@ class FluxTransformer(nn.Module):
             if id(module) not in spared and not list(module.children())
         ]
 
+    def step_blocks(self) -> list[list[nn.Module]]:
+        """Those of `step_modules` that are in blocks, by block, in the order of their use."""
+        wanted = {id(module) for module in self.step_modules()}
+        blocks = (*self.double_blocks, *self.single_blocks)
+        return [[one for one in block.modules() if id(one) in wanted] for block in blocks]
+
     def large_layers(self) -> Iterator[tuple[nn.Module, str]]:
         """The matrix products inside the blocks, as (owner, attribute)."""
         for block in self._doubles:
@@ -376,10 +392,11 @@ class FluxTransformer(nn.Module):
             last = i + 2 == len(norms)
             shift, scale = norms[i + 1]
             after = (shift, scale, self.quantized and not last)
-            if i < len(double):
-                h = run.double(block, x, h, double[i], after)
-            else:
-                h = run.single(block, x, h, single[i - len(double)], after)
+            with execution.streaming.block(i) if execution.streaming else nullcontext():
+                if i < len(double):
+                    h = run.double(block, x, h, double[i], after)
+                else:
+                    h = run.single(block, x, h, single[i - len(double)], after)
             if cache and i == 0:
                 rest = cache.skip(step, x[image] - start)
                 if rest is not None:

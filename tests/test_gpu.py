@@ -41,10 +41,11 @@ def test_the_same_seed_twice_is_bit_equal_and_batches_are_singles(
         assert alone.images[0].tobytes() == two.images[i].tobytes()
 
 
+@pytest.mark.parametrize("offload", ["model", "blocks"])
 def test_offloading_draws_the_same_picture_and_frees_the_gpu(
-    on_gpu: krea_local.Krea, tiny_folder: Path
+    on_gpu: krea_local.Krea, tiny_folder: Path, offload: str
 ) -> None:
-    offloaded = krea_local.load(tiny_folder, offload="model")
+    offloaded = krea_local.load(tiny_folder, offload=offload)
     arguments = {"image_size": SIZE, "seed": 5, "enable_safety_checker": False}
     drawn = offloaded.txt2img("a fox", **arguments)  # cuBLAS takes its workspace
     before = torch.cuda.memory_allocated()
@@ -184,16 +185,31 @@ def test_a_step_at_true_width_is_as_exact_as_plain_torch(
         assert distance(velocity(rounded, half, torch.bfloat16), exact) < 0.08
 
 
-def test_running_out_of_memory_is_explained_and_survived(on_gpu: krea_local.Krea) -> None:
+def test_running_out_of_memory_is_explained_and_survived(tiny_folder: Path) -> None:
+    model = krea_local.load(tiny_folder, offload="none")
     arguments = {"image_size": SIZE, "seed": 5, "num_inference_steps": 2}
-    expected = on_gpu.txt2img("a fox", **arguments).images[0].tobytes()
+    expected = model.txt2img("a fox", **arguments).images[0].tobytes()
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     # The limit is on what torch's allocator holds: what it has now, and 2 MiB.
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**21) / total)
     try:
-        with pytest.raises(krea_local.OutOfMemory, match="offload='modulation' or 'model'"):
-            on_gpu.txt2img("a fox", image_size={"width": 2048, "height": 2048}, seed=1)
+        with pytest.raises(krea_local.OutOfMemory, match="load with memory='auto'"):
+            model.txt2img("a fox", image_size={"width": 2048, "height": 2048}, seed=1)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert on_gpu.txt2img("a fox", **arguments).images[0].tobytes() == expected
+    assert model.txt2img("a fox", **arguments).images[0].tobytes() == expected
+
+
+def test_any_number_of_blocks_may_stay(on_gpu: krea_local.Krea, tiny_folder: Path) -> None:
+    from krea_local import loading, weights
+    from krea_local.plan import Plan, options
+
+    arguments = {"image_size": SIZE, "seed": 5}
+    wanted = on_gpu.txt2img("a fox", **arguments).images[0].tobytes()
+    sizes = loading.sizes(weights.find(tiny_folder), torch.bfloat16)
+    for plan in options(Plan(sizes)):
+        made = krea_local.load(tiny_folder, memory=f"{plan.peak}B")
+        assert made.plan is not None
+        assert made.plan.peak <= plan.peak
+        assert made.txt2img("a fox", **arguments).images[0].tobytes() == wanted

@@ -11,8 +11,9 @@ from torch import nn
 
 import krea_local
 from krea_local import InvalidRequest, OutOfMemory, memory
-from krea_local.info import describe, fits, gather
-from krea_local.memory import Footprint, check_offload, explained_out_of_memory, on_device
+from krea_local.info import describe, fits, gather, takes
+from krea_local.memory import check_offload, explained_out_of_memory, on_device
+from krea_local.plan import FLUX1, need
 from krea_local.transformer import Config, FluxTransformer
 
 SIZE = {"width": 64, "height": 64}
@@ -210,20 +211,20 @@ def test_running_out_while_drawing_leaves_the_model_usable(krea: krea_local.Krea
 
     arguments = {"image_size": SIZE, "num_inference_steps": 3, "seed": 1}
     expected = krea.txt2img("a fox", **arguments).images[0].tobytes()
-    with pytest.raises(OutOfMemory, match="offload='modulation' or 'model'"):
+    with pytest.raises(OutOfMemory, match="load with memory='auto'"):
         krea.txt2img("a fox", on_step=exhausted, **arguments)
     assert krea.txt2img("a fox", **arguments).images[0].tobytes() == expected
 
 
-def test_offload_is_one_of_three() -> None:
+def test_offload_is_one_of_four() -> None:
     assert check_offload("model") == "model"
     with pytest.raises(
-        InvalidRequest, match="'some': should be one of 'none', 'modulation', 'model'"
+        InvalidRequest, match="'some': should be one of 'none', 'modulation', 'model', 'blocks'"
     ):
         krea_local.load("tiny", offload="some")
 
 
-def test_the_footprint_follows_from_the_counted_parameters() -> None:
+def test_the_sizes_are_those_of_the_counted_parameters() -> None:
     from benchmarks.random_model import CONFIGS, build
 
     with torch.device("meta"):
@@ -233,24 +234,30 @@ def test_the_footprint_follows_from_the_counted_parameters() -> None:
     assert counts["text_encoder_2"] == pytest.approx(4.762e9, rel=1e-3)
     assert counts["text_encoder"] == pytest.approx(123.1e6, rel=1e-3)
     assert counts["vae"] == pytest.approx(83.8e6, rel=1e-3)
-    checker = 4 * 85.8e6
-    everything = 2 * sum(counts.values()) + checker
     with torch.device("meta"):
         native = FluxTransformer(Config.of(CONFIGS["transformer"]))
-    modulation = sum(p.numel() for layer in native.modulations() for p in layer.parameters())
-    assert modulation == pytest.approx(3.25e9, rel=2e-3)
-    largest = 2 * (counts["transformer"] - modulation) + checker
-    assert Footprint().modulation == pytest.approx(
-        (everything - 2 * modulation) / 2**30 + 1.5, rel=5e-3
+        t5 = build("text_encoder_2")
+
+    def size(modules: list[nn.Module]) -> int:
+        return 2 * sum(p.numel() for module in modules for p in module.parameters())
+
+    blocks = [size(block) for block in native.step_blocks()]
+    assert list(FLUX1.blocks) == blocks
+    assert FLUX1.outside == pytest.approx(size(native.step_modules()) - sum(blocks), rel=2e-3)
+    assert FLUX1.modulation == pytest.approx(size(native.modulations()), rel=2e-3)
+    assert list(FLUX1.t5_blocks) == pytest.approx(
+        [size([block]) for block in t5.encoder.block], rel=2e-3
     )
-    assert Footprint().none == pytest.approx(everything / 2**30 + 1.5, rel=5e-3)
-    assert Footprint().model == pytest.approx(largest / 2**30 + 0.46, rel=5e-3)
+    assert FLUX1.t5 == pytest.approx(2 * counts["text_encoder_2"], rel=1e-3)
+    assert FLUX1.text_encoder == pytest.approx(2 * counts["text_encoder"], rel=1e-3)
+    assert FLUX1.vae == pytest.approx(2 * counts["vae"], rel=1e-3)
+    assert need("none") == pytest.approx(sum(blocks) / 2**30 + 6.05 + 0.08 + 9.7 + 1.75, rel=1e-2)
 
 
 def test_info_tells_what_fits_and_why_not() -> None:
     assert fits(80.0)["none"].startswith("fits: needs about 33.")
     assert fits(24.0)["none"].startswith("does not fit: needs about 33.")
-    assert fits(24.0)["model"].startswith("fits: needs about 16.9")
+    assert fits(24.0)["model"].startswith("fits: needs about 17.2")
     assert "16.0 are free" in fits(16.0)["model"]
     facts = gather()
     facts["gpus"] = [
@@ -261,9 +268,14 @@ def test_info_tells_what_fits_and_why_not() -> None:
             "total_gib": 140.0,
             "free_gib": 139.0,
             "fits": fits(139.0),
+            "takes": takes(139.0),
         }
     ]
     text = describe(facts)
     assert "NVIDIA H200, 139.0 of 140.0 GiB free" in text
     assert "offload='none': fits" in text
+    assert "of these load takes 'none'" in text
+    assert takes(30.0) == "'modulation'"
+    assert takes(11.0).startswith("'blocks', 3")
+    assert "the least is" in takes(1.0)
     assert torch.__version__.split("+")[0] in text

@@ -128,7 +128,7 @@ def test_regular_runs_in_8_bit_floats_and_none_stays_exact(fresh: Krea, krea: Kr
 
 
 @pytest.mark.usefixtures("float8")
-@pytest.mark.parametrize("offload", ["modulation", "model"])
+@pytest.mark.parametrize("offload", ["modulation", "model", "blocks"])
 def test_offloading_draws_the_same_at_every_level(
     tiny_folder: Path, fresh: Krea, offload: str
 ) -> None:
@@ -138,10 +138,15 @@ def test_offloading_draws_the_same_at_every_level(
         assert torch.equal(latents(other, [1, 2], acceleration=level), wanted)
 
 
-def test_offloaded_weights_are_all_there_when_they_are_needed(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("offload", ["model", "blocks"])
+def test_offloaded_weights_are_all_there_when_they_are_needed(
+    tiny_folder: Path, offload: str
+) -> None:
     # The meta device stands in for a GPU: a tensor left behind on the CPU would be an error.
-    krea = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload="model")
+    krea = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload=offload)
     krea.device = krea.engine.device = torch.device("meta")
+    for stream in krea.engine._streams.values():
+        stream.device = krea.device
     krea.encode_prompt = lambda prompt: (  # type: ignore[method-assign]
         torch.empty(1, 512, 32, device="meta"),
         torch.empty(1, 32, device="meta"),
@@ -393,7 +398,7 @@ def test_running_out_of_memory_is_no_reason_to_repeat(fresh: Krea) -> None:
 
     operations = dataclasses.replace(PLAIN, qk_norm_rotary=exhausted)
     fresh.engine.settings["none"] = Settings(Execution(kernels=operations))
-    with pytest.raises(OutOfMemory, match="offload='modulation'"):
+    with pytest.raises(OutOfMemory, match="load with memory='auto'"):
         fresh.txt2img("a fox", image_size=SMALL, num_inference_steps=1)
     assert fresh.engine.settings["none"].execution.kernels is operations
 

@@ -1,0 +1,272 @@
+"""What stays on the GPU, for a given amount of its memory: the fastest plan that fits.
+
+Arithmetic on bytes; no torch. Knows nothing of files, of requests or of how weights are moved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from krea_local.errors import InvalidRequest, OutOfMemory
+
+if TYPE_CHECKING:
+    from krea_local.memory import Offload
+
+GIB = 2**30
+# cuBLAS's and cuDNN's workspaces, what the allocator rounds up, the safety checker's activations.
+RESERVE = GIB // 4
+# A step has so many matrices [tokens, D] at once: 0.46 GiB at 1 megapixel, counted in a single
+# block, of which the fused product alone takes 7 and its result 5.
+MATRICES = 17.5
+TEXT_TOKENS = 512
+PIXELS_A_TOKEN = 256
+DECODING = 1536  # bytes a pixel, up to where the decoder works in strips
+STRIPS_ABOVE, STRIPS = 2 * 2**20, 5 * GIB // 4
+TABLES = 80 * 10**6  # modulation of all steps and blocks; as DECODING and STRIPS, in bfloat16
+PLACES = 3  # of streamed blocks
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's weights.
+
+    Attributes:
+        blocks: of each block of the transformer, without modulation.
+        outside: of the transformer's layers outside blocks, without modulation.
+        modulation: all of it.
+        t5_blocks: of each block of T5.
+        t5_outside: of T5's other layers.
+        text_encoder: CLIP.
+        vae: all of it.
+        safety_checker: all of it.
+        row: of one token [D] between blocks.
+        itemsize: of a number; 2 in bfloat16.
+    """
+
+    blocks: tuple[int, ...]
+    outside: int
+    modulation: int
+    t5_blocks: tuple[int, ...]
+    t5_outside: int
+    text_encoder: int
+    vae: int
+    safety_checker: int
+    row: int
+    itemsize: int = 2
+
+    @property
+    def t5(self) -> int:
+        """All of T5."""
+        return sum(self.t5_blocks) + self.t5_outside
+
+    @property
+    def everything(self) -> int:
+        """All weights but the safety checker's."""
+        transformer = sum(self.blocks) + self.outside + self.modulation
+        return transformer + self.t5 + self.text_encoder + self.vae
+
+
+# The 12 B model in bfloat16: 19 double blocks of 24 D² weights and their biases and norms, 38
+# single ones of 12 D²; as many as its original file holds, and as the published files of the rest.
+FLUX1 = Sizes(
+    blocks=(453_096_448,) * 19 + (226_542_080,) * 38,
+    outside=90_488_960,
+    modulation=6_494_896_128,
+    t5_blocks=(385_900_000,) * 24,
+    t5_outside=263_200_000,
+    text_encoder=246_200_000,
+    vae=167_600_000,
+    safety_checker=343_000_000,
+    row=2 * 3072,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to share the GPU's memory.
+
+    Attributes:
+        sizes: of the model.
+        offload: what takes turns.
+        resident: blocks of the transformer that stay there, with offload "blocks".
+        budget: bytes that there are; None for as many as it takes.
+        pixels: of the images that it is made for.
+        batch: images that are denoised together.
+        float8: whether the blocks are also needed in 8 bits.
+    """
+
+    sizes: Sizes
+    offload: Offload = "none"
+    resident: int = 0
+    budget: int | None = None
+    pixels: int = 2**20
+    batch: int = 1
+    float8: bool = False
+
+    @property
+    def streamed(self) -> int:
+        """Bytes that cross the bus at every step."""
+        if self.offload != "blocks":
+            return 0
+        count = len(self.sizes.blocks)
+        return sum(self.sizes.blocks[i] for i in spread(count, count - self.resident))
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Bytes on the GPU at most, by what is done there."""
+        sizes = self.sizes
+        rows = self.batch * (TEXT_TOKENS + self.pixels // PIXELS_A_TOKEN)
+        denoising = int(MATRICES * rows * sizes.row) + TABLES * sizes.itemsize // 2
+        whole = self.pixels <= STRIPS_ABOVE
+        decoding = DECODING * self.pixels if whole else STRIPS * self.pixels // (4 * 2**20)
+        decoding = decoding * sizes.itemsize // 2
+        if self.offload in ("none", "modulation"):
+            kept = sum(sizes.blocks) + sizes.outside + sizes.t5 + sizes.text_encoder
+            kept += sizes.vae + sizes.safety_checker + RESERVE
+            kept += sizes.modulation if self.offload == "none" else 0
+            # Where blocks visit the GPU, those in 8 bits come instead of the others.
+            kept += sum(sizes.blocks) // 2 if self.float8 else 0
+            return {"text": kept, "denoise": kept + denoising, "decode": kept + decoding}
+        kept = sizes.safety_checker + RESERVE
+        places = 0
+        if self.offload == "blocks":
+            kept += sum(sizes.blocks) - self.streamed
+            streamed = len(sizes.blocks) - self.resident
+            places = min(PLACES, streamed) * max(sizes.blocks)
+            text = sizes.t5_outside + min(PLACES, len(sizes.t5_blocks)) * max(sizes.t5_blocks)
+        else:
+            places, text = sum(sizes.blocks), sizes.t5
+        return {
+            "text": kept + text + sizes.text_encoder,
+            "denoise": kept + sizes.outside + places + denoising,
+            "decode": kept + sizes.vae + decoding,
+        }
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the GPU at most."""
+        return max(self.stages.values())
+
+    def for_blocks(self, blocks: Sequence[int]) -> Plan:
+        """The same budget for a transformer whose blocks have other sizes, such as in 8 bits."""
+        sizes = replace(self.sizes, blocks=tuple(blocks))
+        same = replace(self, sizes=sizes)
+        if self.offload != "blocks" or self.budget is None:
+            return same
+        fitting = [plan for plan in _with_blocks(same) if plan.peak <= self.budget]
+        return fitting[0] if fitting else replace(same, resident=0)
+
+    def smaller(self) -> Plan | None:
+        """The next plan that takes less, by some blocks at a time; None if there is none."""
+        plans = list(options(self))
+        place = plans.index(self)
+        step = max(len(self.sizes.blocks) // 8, 1) if self.offload == "blocks" else 1
+        later = [*plans[place + step :], *plans[-1:]]
+        less = [plan for plan in later if plan.peak < self.peak]
+        return replace(less[0], budget=less[0].peak) if less else None
+
+    def __str__(self) -> str:
+        """A table: part, where, bytes; and why."""
+        sizes, streams = self.sizes, self.offload == "blocks"
+        kept = {True: "stays on the GPU", False: "visits it"}
+        all_stay = self.offload in ("none", "modulation")
+        rows = [
+            ("transformer", sum(sizes.blocks) + sizes.outside, kept[all_stay]),
+            ("  its modulation", sizes.modulation, "visits it, once an image"),
+            ("T5", sizes.t5, "visits it block by block" if streams else kept[all_stay]),
+            ("CLIP", sizes.text_encoder, kept[all_stay]),
+            ("VAE", sizes.vae, kept[all_stay]),
+            ("safety checker", sizes.safety_checker, kept[True]),
+        ]
+        if self.offload == "none":
+            rows[1] = (*rows[1][:2], kept[True])
+        if streams:
+            count = len(sizes.blocks)
+            said = f"{self.resident} of {count} blocks stay, the others visit it at every step"
+            rows[0] = (*rows[0][:2], said if self.resident < count else kept[True])
+        lines = [f"{name:17}{size / GIB:6.2f} GiB  {where}" for name, size, where in rows]
+        lines += [
+            f"{'peak, ' + name:17}{size / GIB:6.2f} GiB" for name, size in self.stages.items()
+        ]
+        if self.budget is not None:
+            lines.append(f"{'of':17}{self.budget / GIB:6.2f} GiB")
+        if self.streamed:
+            lines.append(f"{'copied a step':17}{self.streamed / 1e9:6.2f} GB")
+        return "\n".join(lines)
+
+
+def options(plan: Plan) -> Iterator[Plan]:
+    """Every plan for a model that is worth its memory, the fastest first."""
+    yield replace(plan, offload="none", resident=0)
+    yield replace(plan, offload="modulation", resident=0)
+    yield from _with_blocks(plan)
+
+
+def _with_blocks(plan: Plan) -> list[Plan]:
+    plans = [
+        replace(plan, offload="blocks", resident=resident)
+        for resident in range(len(plan.sizes.blocks) + 1)
+    ]
+    return sorted(plans, key=lambda one: (one.streamed, one.peak))
+
+
+def spread(count: int, chosen: int) -> list[int]:
+    """`chosen` of `count` places, as evenly as can be, so that copies never come in a row."""
+    return [(2 * k + 1) * count // (2 * chosen) for k in range(chosen)]
+
+
+def choose(
+    sizes: Sizes, budget: int, *, pixels: int = 2**20, batch: int = 1, float8: bool = False
+) -> Plan:
+    """The fastest plan that takes no more than `budget` bytes.
+
+    Args:
+        sizes: of the model.
+        budget: bytes that there are.
+        pixels: of the images.
+        batch: images that are denoised together.
+        float8: whether the blocks are also needed in 8 bits.
+
+    Raises:
+        OutOfMemory: none does; says what the smallest one needs.
+    """
+    model = Plan(sizes, budget=budget, pixels=pixels, batch=batch, float8=float8)
+    plans = list(options(model))
+    for plan in plans:
+        if plan.peak <= budget:
+            return plan
+    least = min(plans, key=lambda plan: plan.peak)
+    stage = max(least.stages, key=lambda name: least.stages[name])
+    raise OutOfMemory(
+        f"memory: {budget / GIB:.2f} GiB are too little: at {pixels / 2**20:.1f} megapixels the "
+        f"least is {least.peak / GIB:.2f} GiB, for the stage {stage!r}; free the GPU"
+    )
+
+
+def need(offload: Offload) -> float:
+    """GiB of GPU memory that the 12 B model takes in bfloat16, one image at 1 megapixel."""
+    return Plan(FLUX1, offload).peak / GIB
+
+
+def parse_budget(memory: object) -> int:
+    """Bytes, of a text such as "12GB" (10⁹) or "11.5 GiB" (2³⁰).
+
+    Raises:
+        InvalidRequest: anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(memory))
+    unit = UNITS.get(found[2].upper()) if found else None
+    if (
+        not isinstance(memory, str)
+        or not found
+        or unit is None
+        or not float(found[1]) * unit < 2**60
+    ):
+        raise InvalidRequest(
+            f"memory={memory!r}: should be 'auto', 'none' or an amount such as '12GB' or '11.5GiB'"
+        )
+    return int(float(found[1]) * unit)

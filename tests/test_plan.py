@@ -1,0 +1,249 @@
+"""Plans fit their budget, and more memory never makes a slower one."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import krea_local
+from krea_local import InvalidRequest, KreaWarning, OutOfMemory, loading, weights
+from krea_local.plan import FLUX1, GIB, Plan, Sizes, choose, options, parse_budget, spread
+
+FLOAT8 = tuple(size // 2 for size in FLUX1.blocks)
+SIZE = {"width": 64, "height": 64}
+
+
+def cost(plan: Plan) -> tuple[int, int]:
+    """What crosses the bus: at every step, and once an image."""
+    once = {"none": 0, "modulation": 1, "model": 2, "blocks": 2}[plan.offload]
+    return plan.streamed, once
+
+
+@given(
+    budget=st.integers(GIB, 60 * GIB),
+    more=st.integers(0, 8 * GIB),
+    megapixels=st.sampled_from([0.25, 0.75, 1.0, 2.0, 4.0]),
+    batch=st.integers(1, 4),
+    float8=st.booleans(),
+)
+def test_a_plan_fits_its_budget_and_more_memory_is_never_slower(
+    budget: int, more: int, megapixels: float, batch: int, float8: bool
+) -> None:
+    sizes = FLUX1 if not float8 else Sizes(**{**vars(FLUX1), "blocks": FLOAT8})
+    pixels = int(megapixels * 2**20)
+    try:
+        plan = choose(sizes, budget, pixels=pixels, batch=batch)
+    except OutOfMemory as error:
+        assert "the least is" in str(error)
+        least = min(one.peak for one in options(Plan(sizes, pixels=pixels, batch=batch)))
+        assert budget < least
+        return
+    assert plan.peak <= budget
+    assert plan.peak == max(plan.stages.values())
+    assert cost(choose(sizes, budget + more, pixels=pixels, batch=batch)) <= cost(plan)
+
+
+@pytest.mark.parametrize(
+    ("gib", "offload", "resident"),
+    [(40, "none", 0), (30, "modulation", 0), (24, "blocks", 57), (3.5, "blocks", 0)],
+)
+def test_what_usual_cards_get(gib: float, offload: str, resident: int) -> None:
+    plan = choose(FLUX1, int(gib * GIB))
+    assert (plan.offload, plan.resident) == (offload, resident or plan.resident)
+    if resident:
+        assert plan.resident == resident
+        assert plan.streamed == 0
+    said = str(plan)
+    assert "GiB" in said
+    assert ("copied a step" in said) == bool(plan.streamed)
+
+
+def test_between_them_as_many_blocks_stay_as_fit() -> None:
+    plans = [choose(FLUX1, gib * GIB) for gib in (4, 6, 8, 10, 12, 16)]
+    counts = [plan.resident for plan in plans]
+    assert counts == sorted(counts)
+    assert len(set(counts)) == len(counts)
+    for plan in plans:
+        assert plan.budget is not None
+        assert plan.budget - plan.peak < 1.2 * GIB  # no large part of the budget is left lying
+
+
+def test_a_budget_below_the_least_says_what_that_is() -> None:
+    with pytest.raises(OutOfMemory, match=r"1\.00 GiB are too little: .* the least is 2\.\d+ GiB"):
+        choose(FLUX1, GIB)
+
+
+def test_smaller_plans_end() -> None:
+    plan: Plan | None = choose(FLUX1, 80 * GIB)
+    peaks = []
+    while plan is not None:
+        peaks.append(plan.peak)
+        plan = plan.smaller()
+    assert len(peaks) > 10
+    assert all(a > b for a, b in itertools.pairwise(peaks))
+    assert peaks[-1] < 2.6 * GIB
+
+
+def test_in_8_bits_more_blocks_stay() -> None:
+    plan = choose(FLUX1, 10 * GIB)
+    other = plan.for_blocks(FLOAT8)
+    assert other.peak <= 10 * GIB
+    assert other.streamed < plan.streamed / 3
+
+
+def test_blocks_in_8_bits_are_counted_beside_the_others_where_all_stay() -> None:
+    assert choose(FLUX1, 40 * GIB).offload == "none"
+    both = choose(FLUX1, 40 * GIB, float8=True)
+    assert both.offload == "modulation"
+    assert both.peak - choose(FLUX1, 30 * GIB).peak == sum(FLUX1.blocks) // 2
+
+
+def test_spread() -> None:
+    assert spread(4, 0) == []
+    assert spread(4, 4) == [0, 1, 2, 3]
+    assert spread(9, 3) == [1, 4, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GB", 12 * 10**9), ("11.5 GiB", int(11.5 * GIB)), (" 800mb", 8 * 10**8), ("7", 7)],
+)
+def test_amounts(text: str, size: int) -> None:
+    assert parse_budget(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", [12, None, "", "GB", "-3GB", "12 apples", "1e9", "12,5GB", "9999999999GB"]
+)
+def test_amounts_that_are_none(text: object) -> None:
+    with pytest.raises(InvalidRequest, match="should be 'auto', 'none' or an amount"):
+        parse_budget(text)
+
+
+def test_sizes_are_those_of_the_weights(tiny_folder: Path) -> None:
+    krea = krea_local.load(tiny_folder, device="cpu", progress=False)
+    sizes = loading.sizes(weights.find(tiny_folder), torch.float32)
+    models = krea.models
+
+    def total(*parts: torch.nn.Module) -> int:
+        return sum({id(p): p.nbytes for part in parts for p in part.parameters()}.values())
+
+    assert sum(sizes.blocks) + sizes.outside + sizes.modulation == total(models.transformer)
+    assert sizes.modulation == total(*models.transformer.modulations())
+    assert sizes.t5 == total(models.text_encoder_2)
+    assert sizes.text_encoder == total(models.text_encoder)
+    assert sizes.vae == total(models.vae)
+
+
+def draw(krea: krea_local.Krea, **parameters: object) -> krea_local.Result:
+    arguments = {"image_size": SIZE, "num_inference_steps": 3, "seed": 1} | parameters
+    return krea.txt2img("a fox", **arguments)  # type: ignore[arg-type]
+
+
+def test_load_makes_a_plan_and_the_picture_is_the_same(
+    tiny_folder: Path, krea: krea_local.Krea
+) -> None:
+    whole = draw(krea).images[0].tobytes()
+    plans = list(options(Plan(loading.sizes(weights.find(tiny_folder), torch.float32))))
+    seen = set()
+    for plan in plans:
+        memory = f"{plan.peak}B"
+        made = krea_local.load(tiny_folder, device="cpu", memory=memory, progress=False)
+        assert made.plan is not None
+        assert made.plan.peak <= plan.peak
+        seen.add((made.plan.offload, made.plan.resident))
+        assert draw(made).images[0].tobytes() == whole
+    assert {offload for offload, _ in seen} == {"none", "modulation", "blocks"}
+    assert len(seen) > 3
+
+
+def test_without_memory_or_with_none_there_is_no_plan(tiny_folder: Path) -> None:
+    for memory in (None, "none"):
+        made = krea_local.load(tiny_folder, device="cpu", memory=memory, progress=False)
+        assert (made.plan, made.offload) == (None, "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"memory": "8GB", "offload": "none"}, "give one of the two"),
+        ({"memory": "8GB", "engine": "diffusers"}, "is for engine='native'"),
+        ({"memory": "auto"}, "is for a GPU"),
+        ({"memory": "much"}, "should be 'auto', 'none' or an amount"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: dict[str, str], match: str) -> None:
+    with pytest.raises(InvalidRequest, match=match):
+        krea_local.load("tiny", device="cpu", progress=False, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_call_that_runs_out_of_memory_is_repeated_with_a_smaller_plan(
+    tiny_folder: Path, krea: krea_local.Krea
+) -> None:
+    wanted = draw(krea).images[0].tobytes()
+    made = krea_local.load(tiny_folder, device="cpu", memory="8GB", progress=False)
+    plans = [made.plan]
+    fails = 3
+
+    def exhausted(progress: krea_local.Progress) -> None:
+        nonlocal fails
+        if progress.step == 2 and fails:
+            fails -= 1
+            plans.append(made.plan)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    with pytest.warns(KreaWarning, match="memory did not suffice: from now on less"):
+        drawn = draw(made, on_step=exhausted)
+    assert drawn.images[0].tobytes() == wanted
+    assert len([notice for notice in drawn.notices if "did not suffice" in notice]) == 3
+    peaks = [plan.peak for plan in [*plans[1:], made.plan] if plan]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 4
+    assert made.offload == "blocks"
+    again = draw(made)  # it stays so, and is said once
+    assert again.images[0].tobytes() == wanted
+    assert not again.notices
+
+
+def test_where_no_plan_is_smaller_the_error_stands(tiny_folder: Path) -> None:
+    made = krea_local.load(tiny_folder, device="cpu", memory="8GB", progress=False)
+
+    def exhausted(progress: krea_local.Progress) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    with pytest.raises(OutOfMemory):
+        draw(made, on_step=exhausted)
+    assert made.offload == "blocks"
+    assert made.plan is not None
+    assert made.plan.streamed == 0  # as much stays as there was room for before
+    assert draw(made).images
+
+
+def test_running_out_of_host_memory_is_no_reason_for_another_plan(tiny_folder: Path) -> None:
+    made = krea_local.load(tiny_folder, device="cpu", memory="8GB", progress=False)
+
+    def exhausted(progress: krea_local.Progress) -> None:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemory):
+        draw(made, on_step=exhausted)
+    assert made.offload == "none"
+
+
+def test_too_little_host_memory_is_told_before_anything_is_read(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from krea_local import memory
+
+    sizes = loading.sizes(weights.find(tiny_folder), torch.float32)
+    least = min(plan.peak for plan in options(Plan(sizes)))
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 1000)
+    with pytest.raises(
+        OutOfMemory, match=r"host memory, which takes .* GiB and has 0\.0 available"
+    ):
+        krea_local.load(tiny_folder, device="cpu", memory=f"{least}B", progress=False)
