@@ -28,9 +28,11 @@ from krea_local.errors import (
     WeightsInvalid,
     WeightsNotFound,
 )
+from krea_local.fetching import download
 from krea_local.progress import Progress
 from krea_local.result import Result
 from krea_local.schema import ImageSize, Img2ImgRequest, Txt2ImgRequest
+from krea_local.verifying import FileCheck, verify
 
 if TYPE_CHECKING:
     from krea_local.pipeline import Krea
@@ -39,6 +41,7 @@ __all__ = [
     "Cancelled",
     "DeviceError",
     "DeviceUnavailable",
+    "FileCheck",
     "GenerationFailed",
     "ImageSize",
     "Img2ImgRequest",
@@ -58,9 +61,11 @@ __all__ = [
     "WeightsInvalid",
     "WeightsNotFound",
     "__version__",
+    "download",
     "img2img",
     "load",
     "txt2img",
+    "verify",
 ]
 
 

@@ -5,11 +5,18 @@ Imports torch only when called, so that `import krea_local` stays instant.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from typing import TYPE_CHECKING, get_args
 
-from krea_local.errors import DeviceUnavailable, InvalidRequest, KreaError, WeightsNotFound
+from krea_local.errors import (
+    DeviceUnavailable,
+    InvalidRequest,
+    KreaError,
+    OutOfMemory,
+    WeightsNotFound,
+)
 from krea_local.safety import THRESHOLD
 from krea_local.schema import (
     Acceleration,
@@ -29,16 +36,21 @@ if TYPE_CHECKING:
     from krea_local.cluster import Ulysses
     from krea_local.loading import EngineName
     from krea_local.pipeline import Krea
+    from krea_local.plan import Plan
     from krea_local.progress import OnStep
     from krea_local.result import Result
+    from krea_local.weights import Checkpoint
 
 
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
+    transformer: str | os.PathLike[str] | None = None,
+    text_encoder_2: str | os.PathLike[str] | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    offload: str = "none",
+    memory: str | None = None,
+    offload: str | None = None,
     acceleration: str = "none",
     engine: EngineName = "native",
     compile: bool = False,
@@ -52,14 +64,26 @@ def load(
     """Read a checkpoint onto the GPU: about 34 GB in bfloat16, 12 B transformer and T5 included.
 
     Args:
-        model: "tiny" (built in, random weights); a folder in the diffusers layout; "krea", "dev" or
-            "srpo"; or a hub id, which is fetched if it is not in the hub's cache. None: what the
-            variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the cache holds it.
+        model: "tiny" (built in, random weights); a folder in the diffusers layout; a single file
+            with a transformer, whose other parts are beside it or where None finds them; "krea",
+            "dev" or "srpo"; or a hub id, which is fetched if it is not in the hub's cache. None:
+            what the variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the cache holds it.
+        transformer: a file to take instead of the model's transformer: safetensors in the original
+            or diffusers' layout, in floats of 16 or 32 bits, in 8 bits with or without scales, in
+            bitsandbytes' 4 bits; or GGUF, which needs the package gguf. All are read into `dtype`.
+        text_encoder_2: a file to take instead of the model's T5, likewise.
         device: "cuda", "cuda:1", "cpu"; "auto" is CUDA if there is a GPU, else the CPU.
         dtype: "bfloat16", "float32"; "auto" is bfloat16 on CUDA, float32 on the CPU.
-        offload: "none" keeps all on the GPU, about 33 GiB at 1 megapixel; "modulation" leaves the
-            27 % of the transformer on the CPU that an image needs once, about 27 GiB; "model" also
-            lets encoders, transformer and VAE take turns, about 17 GiB. The picture is the same.
+        memory: how much of the GPU's memory to take: "auto" for what is free, an amount such as
+            "12GB", or "none" for as much as the whole model needs. The fastest way that fits is
+            taken, and a slower one if memory runs out later; `krea.plan` tells which. The picture
+            is the same. Default: "auto" on one GPU, unless `offload` is given. It is what weights
+            and activations take; torch's allocator may hold some more.
+        offload: the same by name, whatever is free: "none" keeps all on the GPU, about 33 GiB at 1
+            megapixel; "modulation" leaves the 27 % of the transformer on the CPU that an image
+            needs once, about 27 GiB; "model" also lets encoders, transformer and VAE take turns,
+            about 17 GiB; "blocks" has no more of the large ones there than three blocks at a time,
+            about 2.5 GiB, and copies the next ones while one works.
         acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
             "regular" multiplies in 8-bit floats, "high" also skips steps; `speed.LEVELS` has all.
         engine: "native" is our transformer; "diffusers" is theirs, to compare with.
@@ -88,8 +112,12 @@ def load(
     level = _one_of("acceleration", acceleration, get_args(Acceleration))
     if engine not in ("native", "diffusers"):
         raise InvalidRequest(f"engine={engine!r}: should be 'native' or 'diffusers'")
-    if engine == "diffusers" and offload == "modulation":
-        raise InvalidRequest("offload='modulation': should be 'none' or 'model' with 'diffusers'")
+    if memory is not None and offload is not None:
+        raise InvalidRequest(f"memory={memory!r} and offload={offload!r}: give one of the two")
+    if engine == "diffusers" and memory not in (None, "none"):
+        raise InvalidRequest(f"memory={memory!r}: is for engine='native'; 'diffusers' has offload=")
+    if engine == "diffusers" and offload in ("modulation", "blocks"):
+        raise InvalidRequest(f"offload={offload!r}: should be 'none' or 'model' with 'diffusers'")
     if type(compile) is not bool:
         raise InvalidRequest(f"compile={compile!r}: should be True or False")
     if engine == "diffusers" and compile:
@@ -103,8 +131,11 @@ def load(
     with _loading:
         return _load(
             model,
+            transformer=transformer,
+            text_encoder_2=text_encoder_2,
             device=device,
             dtype=dtype,
+            memory=memory,
             offload=offload,
             level=level,
             engine=engine,
@@ -126,9 +157,12 @@ _loading = threading.RLock()
 def _load(
     model: str | os.PathLike[str] | None,
     *,
+    transformer: str | os.PathLike[str] | None,
+    text_encoder_2: str | os.PathLike[str] | None,
     device: str | torch.device,
     dtype: str | torch.dtype,
-    offload: str,
+    memory: str | None,
+    offload: str | None,
     level: Acceleration,
     engine: EngineName,
     compile: bool,
@@ -141,28 +175,40 @@ def _load(
 ) -> Krea:
     import torch
 
-    from krea_local import loading, memory, weights
+    from krea_local import loading, weights
+    from krea_local.memory import check_offload, explained_out_of_memory, pin
     from krea_local.pipeline import Krea
     from krea_local.progress import Bar
     from krea_local.safety import SafetyChecker
 
-    offload = memory.check_offload(offload)
+    given_offload, offload = offload, check_offload("none" if offload is None else offload)
     device = choose_device(device if group is None else group.device)
     dtype = choose_dtype(dtype, device)
     try:
         with weights.hub_bars(show=progress):
-            checkpoint = weights.find(model, token=token)
+            checkpoint = weights.find(
+                model, transformer=transformer, text_encoder_2=text_encoder_2, token=token
+            )
         loading.check_layout(checkpoint)
     except KreaError:
         raise
     except OSError as error:  # a folder without permission, a name that is too long
         raise WeightsNotFound(f"cannot look at {model!r}: {error.strerror or error}") from error
+    alone = group is None and engine == "native"
+    if memory is None and given_offload is None and device.type == "cuda" and alone:
+        memory = "auto"
+    plan = None
+    if memory not in (None, "none"):
+        plan = choose_plan(checkpoint, memory, device, dtype, batch_size, level)
+        offload = plan.offload
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
     cpu = torch.device("cpu")
-    home = cpu if offload == "model" else device
-    advice = "load with offload='model', or free the GPU" if offload != "model" else "free memory"
+    home = cpu if offload in ("model", "blocks") else device
+    advice = "load with offload='model' or 'blocks', or free the GPU"
+    if home == cpu:
+        advice = "free memory"
     try:
-        with memory.explained_out_of_memory(advice):
+        with explained_out_of_memory(advice):
             models = loading.load_models(
                 checkpoint,
                 dtype=dtype,
@@ -186,6 +232,7 @@ def _load(
         guidance_scale=checkpoint.family.guidance_scale,
         acceleration=level,
         offload=offload,
+        plan=plan,
         load_safety_checker=load_safety_checker,
         batch_size=batch_size,
         progress=progress,
@@ -193,7 +240,7 @@ def _load(
         group=group,
     )
     parts = (models.transformer, models.vae, models.text_encoder, models.text_encoder_2)
-    memory.pin(parts, device)
+    pin(parts, device)
     with torch.inference_mode():
         krea.prepare(level)  # compiles kernels, so that the first picture need not
     return krea
@@ -264,6 +311,7 @@ def _kept(model: str | os.PathLike[str] | None) -> Krea:
                 loading.check_layout(weights.find(name or None))
             for other in _kept_models.values():
                 other.wait_until_idle()
+                del other  # or it would be there until the new model is
             _kept_models.clear()  # first, so that two models do not share the GPU
             _kept_models[name] = load(name or None)
         return _kept_models[name]
@@ -301,6 +349,49 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise DeviceUnavailable(f"device={str(place)!r}: there are {count} GPUs, from cuda:0")
     # With its number: "cuda" alone means another GPU in another thread, and equals no tensor's.
     return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
+def choose_plan(
+    checkpoint: Checkpoint,
+    memory: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    level: Acceleration,
+) -> Plan:
+    """What stays on `device` with as much of its memory as `memory` says and there is.
+
+    Raises:
+        InvalidRequest: `memory` is no amount.
+        OutOfMemory: too little for any way to run the model, there or in host memory.
+    """
+    import torch
+
+    from krea_local import loading, plan
+    from krea_local.memory import available_host_memory
+    from krea_local.speed import has_float8
+
+    budget = None if memory == "auto" else plan.parse_budget(memory)
+    if device.type == "cuda":
+        gc.collect()  # models that are no longer used
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        # What CUDA's libraries load later, and what others on this GPU come to need.
+        free -= max(total // 20, plan.GIB // 4)
+        budget = free if budget is None else min(budget, free)
+    if budget is None:
+        raise InvalidRequest("memory='auto': is for a GPU; on the CPU give an amount, or nothing")
+    float8 = level != "none" and dtype == torch.bfloat16 and has_float8(device)
+    sizes = loading.sizes(checkpoint, dtype)
+    chosen = plan.choose(sizes, budget, batch=batch_size, float8=float8)
+    available = available_host_memory()
+    if chosen.offload == "blocks" and available is not None and available < sizes.everything:
+        raise OutOfMemory(
+            f"memory={memory!r}: {budget / plan.GIB:.1f} GiB on the GPU do not hold the model; it "
+            f"has to be in host memory, which takes {sizes.everything / plan.GIB:.1f} GiB and has "
+            f"{available / plan.GIB:.1f} available: free some of either"
+        )
+    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

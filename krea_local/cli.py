@@ -1,4 +1,4 @@
-"""The command `krea-local`: txt2img, img2img, tiny, info.
+"""The command `krea-local`: txt2img, img2img, download, verify, tiny, info.
 
 Flags, bounds and help come from the fields of `schema`. Built on argparse: a library that reads
 pydantic models needed 0.44 s for `--help`, this needs half of that. The only module that prints.
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from krea_local.cluster import Ulysses
     from krea_local.pipeline import Krea
     from krea_local.result import Result
+    from krea_local.verifying import FileCheck
 
 Request = Txt2ImgRequest | Img2ImgRequest
 OK, FAILED, USAGE, WEIGHTS, GPU, FILTERED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
@@ -158,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_request(command, request)
         _add_sources(command)
         _add_loading(command)
+    _add_download(commands)
+    _add_verify(commands)
     tiny = _command(commands, "tiny", "Write the tiny random-weight checkpoint to a folder.", _tiny)
     tiny.add_argument("folder", metavar="DIR", type=Path, help="an empty or new folder")
     info = _command(commands, "info", "Show versions, GPUs, and what would fit on them.", _info)
@@ -227,18 +231,33 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
     group.add_argument(
         "--model",
-        help='"tiny" (built in, random weights), a folder, "krea", "dev", "srpo" or a hub id, '
-        "which is fetched if need be (default: $KREA_LOCAL_MODEL, else FLUX.1 Krea [dev] if it is "
-        "in the hub's cache)",
+        help='"tiny" (built in, random weights), a folder, a file with a transformer, "krea", '
+        '"dev", "srpo" or a hub id, which is fetched if need be (default: $KREA_LOCAL_MODEL, else '
+        "FLUX.1 Krea [dev] if it is in the hub's cache)",
+    )
+    group.add_argument(
+        "--transformer",
+        metavar="FILE",
+        help="take this transformer instead of the model's: .safetensors or .gguf (weights.md)",
+    )
+    group.add_argument(
+        "--text-encoder-2", metavar="FILE", help="take this T5 instead of the model's, likewise"
     )
     group.add_argument("--device", help='"cuda", "cuda:1", "cpu" (default: CUDA if there is a GPU)')
     group.add_argument(
         "--dtype", help='"bfloat16" or "float32" (default: bfloat16 on CUDA, float32 on the CPU)'
     )
     group.add_argument(
+        "--memory",
+        metavar="AMOUNT",
+        help='of the GPU to use: "auto", what is free; such as "12GB"; or "none", no limit. The '
+        "fastest way that fits is taken (default: auto, unless --offload is given)",
+    )
+    group.add_argument(
         "--offload",
         help='"none": all on the GPU, about 33 GiB; "modulation": but for a part needed once an '
-        'image, 27 GiB; "model": models take turns, 17 GiB (default: none)',
+        'image, 27 GiB; "model": models take turns, 17 GiB; "blocks": their blocks do, 2 GiB '
+        "(default: none)",
     )
     group.add_argument(
         "--engine",
@@ -257,6 +276,46 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
         type=float,
         metavar="P",
         help="flag an image where P(nsfw) is above this (default: 0.5)",
+    )
+
+
+def _add_download(commands: Any) -> None:
+    command = _command(
+        commands, "download", "Fetch a model's files; run again, it goes on.", _download
+    )
+    command.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help='"krea" (the default), "dev", "srpo" or a hub id; that of the safety checker, '
+        "Falconsai/nsfw_image_detection, fetches nothing else",
+    )
+    command.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="where to (default: the hub's cache, where --model MODEL finds it)",
+    )
+    command.add_argument(
+        "--safety-checker",
+        action=argparse.BooleanOptionalAction,
+        help="also fetch the NSFW checker, 0.34 GB (default: yes)",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar, no notices")
+
+
+def _add_verify(commands: Any) -> None:
+    command = _command(
+        commands, "verify", "Read a model's files and say which are damaged; no network.", _verify
+    )
+    command.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder, or what the hub's cache holds: an alias or a hub id; tiny (default: "
+        "$KREA_LOCAL_MODEL, else FLUX.1 Krea [dev])",
+    )
+    command.add_argument(
+        "--quiet", action="store_true", help="no progress bar, and only what is bad"
     )
 
 
@@ -339,8 +398,11 @@ def _load(given: dict[str, Any], model: str | None, group: Ulysses | None) -> Kr
     from krea_local.api import load
 
     names = (
+        "transformer",
+        "text_encoder_2",
         "device",
         "dtype",
+        "memory",
         "offload",
         "engine",
         "compile",
@@ -447,6 +509,78 @@ def _image_size(text: str) -> str | ImageSize | dict[str, str]:
         presets = ", ".join(PRESETS)
         raise InvalidRequest(f"image_size={text!r}: should be like 1024x768, or one of {presets}")
     return text
+
+
+def _download(parsed: argparse.Namespace) -> int:
+    from krea_local import fetching
+
+    given = vars(parsed)
+    model, folder = given.get("model", "krea"), given.get("folder")
+    quiet = "quiet" in given
+    try:
+        planned = fetching.plan(
+            model, folder=folder, safety_checker=given.get("safety_checker", True)
+        )
+        if not quiet:
+            print(f"krea-local: {_one_line(planned.describe())}", file=sys.stderr)
+        fetching.fetch(planned, progress=not quiet)
+    except KeyboardInterrupt:
+        print(
+            "krea-local: interrupted; run it again, and it goes on where it stopped",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    if planned.on_hub:  # a folder of an alias's name needs its path
+        named = os.path.join(os.curdir, folder) if folder else model  # noqa: PTH118
+        print(f'krea-local txt2img "a red fox in fresh snow" --model {shlex.quote(named)}')
+    return OK
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from krea_local.fetching import gigabytes
+    from krea_local.verifying import verify
+
+    given = vars(parsed)
+    quiet = "quiet" in given
+    checks = verify(given.get("model"), progress=not quiet)
+    for one in checks:
+        if one.fault:
+            print(f"BAD  {_one_line(one.path)}: {_one_line(one.fault)}")
+        elif not quiet:
+            done = [one.checksum] if one.checksum else []
+            done += [f"{one.tensors} finite tensors"] if one.tensors else []
+            what = ", ".join(done) or "read"
+            print(f"ok   {_one_line(one.name)}  {gigabytes(one.size)}  {what}")
+    bad = [one for one in checks if one.fault]
+    unknown = sum(not one.fault and not one.checksum for one in checks)
+    if not quiet:
+        for note in _not_verified(checks, unknown):
+            print(f"krea-local: note: {note}", file=sys.stderr)
+    if bad:
+        print(f"krea-local: {_one_line(_remedy(given.get('model'), bad))}", file=sys.stderr)
+        return WEIGHTS
+    return OK
+
+
+def _remedy(model: str | None, bad: Sequence[FileCheck]) -> str:
+    """What to do about damaged files."""
+    if model == "tiny":
+        return "what is built in is damaged: install krea_local again"
+    # In the cache the content lies under another name, and has to go.
+    files = [shlex.quote(str(one.path.resolve())) for one in bad if one.size]
+    delete = f"delete {' '.join(files)} and " if files else ""
+    return f"{delete}run `krea-local download` again, with the same MODEL and --folder"
+
+
+def _not_verified(checks: Sequence[FileCheck], unknown: int) -> Iterator[str]:
+    """What a reader of "ok" could take for verified."""
+    if unknown:
+        yield (
+            f"no checksum is known of {unknown} of {len(checks)} files: they were not fetched by "
+            "krea-local or the hub's client, so whether they are the published ones is not known"
+        )
+    if not any(one.name.startswith("safety_checker/") for one in checks):
+        yield "there is no safety checker (krea-local download fetches it)"
 
 
 def _tiny(parsed: argparse.Namespace) -> int:

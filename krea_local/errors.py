@@ -12,7 +12,7 @@
     │   ├── DeviceUnavailable                no such GPU, or this GPU cannot do it
     │   └── OutOfMemory                      the GPU's memory does not suffice
     ├── GenerationFailed (ArithmeticError)   the model produced NaN or infinity
-    ├── OutputFailed (OSError)               a picture could not be written
+    ├── OutputFailed (OSError)               a picture or a model could not be written
     └── Cancelled                            the call was cancelled
 
     KreaWarning (UserWarning)                the request was honoured, but not to the letter
@@ -83,7 +83,7 @@ class GenerationFailed(KreaError, ArithmeticError):
 
 
 class OutputFailed(KreaError, OSError):
-    """A picture could not be written: disk full, folder missing or not writable."""
+    """A picture or a model could not be written: disk full, folder missing or not writable."""
 
 
 class Cancelled(KreaError):

@@ -41,7 +41,7 @@ def one_model(krea: krea_local.Krea, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     return loads
 
 
-@pytest.mark.parametrize("name", [None, "txt2img", "img2img", "tiny", "info"])
+@pytest.mark.parametrize("name", [None, "txt2img", "img2img", "download", "verify", "tiny", "info"])
 def test_help_comes_at_once_and_without_torch(name: str | None) -> None:
     arguments = [*([name] if name else []), "--help"]
     code = (
@@ -230,14 +230,14 @@ def test_a_strangers_recipe_fetches_no_model(
     from krea_local import weights
 
     asked: list[str] = []
-    original = weights._snapshot
+    original = weights.snapshot
 
     def snapshot(repo: str, *arguments: Any, local_files_only: bool, **options: Any) -> Path:
         asked.append(repo)
         assert local_files_only
         return original(repo, *arguments, local_files_only=local_files_only, **options)
 
-    monkeypatch.setattr(weights, "_snapshot", snapshot)
+    monkeypatch.setattr(weights, "snapshot", snapshot)
     image = Image.new("RGB", (64, 64))
     base = {"prompt": "x", "num_inference_steps": 1, "guidance_scale": 4.5, "seed": 1}
     for model in ("someone/else", weights.KREA.repo, "/etc", ["tiny"]):

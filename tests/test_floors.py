@@ -13,11 +13,16 @@ PACKAGE = Path(krea_local.__file__).parent
 FLOORS = [
     {"errors", "_version"},
     {"paths"},
-    {"schema", "recipe", "sampling", "progress", "tiny", "kernels", "attention", "tensor_names"},
+    {"schema", "recipe", "sampling", "progress", "tiny", "kernels", "attention"},
+    {"tensor_names", "checksums"},
     {"images", "weights", "memory", "result", "layers", "vae"},
-    {"files", "transformer"},
+    {"plan"},
+    {"streaming"},
+    {"files", "transformer", "transfer"},
+    {"formats"},
+    {"components"},
     {"loading", "skipping", "cluster"},
-    {"safety", "text", "speed"},
+    {"safety", "text", "speed", "fetching", "verifying"},
     {"engine"},
     {"pipeline"},
     {"api", "info", "repeat"},
@@ -70,6 +75,8 @@ for call in (
     lambda: krea_local.img2img("x", image_url=""),
     lambda: krea_local.load("tiny", acceleration="most"),
     lambda: weights.find("nowhere"),
+    lambda: krea_local.download("nowhere"),
+    lambda: krea_local.verify("nowhere"),
 ):
     try:
         call()
@@ -81,7 +88,7 @@ print(sorted(heavy & set(sys.modules)))
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert answer.stdout.split() == ["InvalidRequest"] * 3 + ["WeightsNotFound", "[]"]
+    assert answer.stdout.split() == ["InvalidRequest"] * 3 + ["WeightsNotFound"] * 3 + ["[]"]
 
 
 def test_exported_names_are_what_is_documented_and_there() -> None:

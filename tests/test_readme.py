@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import krea_local
-from krea_local import Img2ImgRequest, Txt2ImgRequest, cli
+from krea_local import Img2ImgRequest, Txt2ImgRequest, cli, fetching
 from krea_local.schema import PRESETS
 from krea_local.weights import FAMILIES
 
@@ -64,11 +64,21 @@ def test_the_python_programs_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list(Path("out").iterdir())) == 2
 
 
-def test_the_command_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lines_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[str, object]] = []
+
+    def plan(model: str, **options: object) -> fetching.Plan:  # tests fetch nothing
+        fetched.append((model, options["folder"]))
+        return fetching.Plan((FAMILIES[0], FAMILIES[0].repo), True, None, (), (), ())
+
+    monkeypatch.setattr(fetching, "plan", plan)
+    monkeypatch.setattr(fetching, "fetch", lambda planned, **_: None)
     Path("prompts.txt").write_text("one\ntwo\n")
     (section,) = (block for block in blocks("sh") if "krea-local info" in block)
     lines = [line for line in section.splitlines() if line]
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
         arguments = shlex.split(line, comments=True)
         assert arguments.pop(0) == "krea-local"
@@ -76,7 +86,9 @@ def test_the_command_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
         if arguments[0] in fewest:
             arguments += ["--num-inference-steps", fewest[arguments[0]]]  # only to save time
         assert cli.main(arguments) == 0, line
-    assert capsys.readouterr().err == ""
+        said = capsys.readouterr().err
+        assert said == "" or arguments[0] in ("download", "verify")
+    assert fetched == [("krea", None)]
 
 
 def test_the_parameter_table_is_the_schema() -> None:
@@ -136,9 +148,10 @@ def test_every_step_of_every_level_is_told() -> None:
 
 
 def test_the_footprints_are_told_as_computed() -> None:
-    from krea_local.memory import Footprint
+    from krea_local.memory import OFFLOADS
+    from krea_local.plan import need
 
     for text in (README, (ROOT / "weights.md").read_text(encoding="utf-8")):
-        for gib in (Footprint().none, Footprint().modulation, Footprint().model):
+        for gib in map(need, OFFLOADS):
             assert f"{gib:.1f} GiB" in text
     assert "not yet measured" in README
