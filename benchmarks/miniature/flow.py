@@ -26,17 +26,16 @@ from benchmarks.miniature.latents import Pictures
 from benchmarks.miniature.scenes import Scene
 from krea_local.sampling import latent_ids, pack
 
-STEPS = 6500
+STEPS = 8000
 THING_WEIGHT = 4.0
 TOKEN = 2 * models.DOWNSAMPLING  # pixels
 RATES = {"muon": 1.5e-2, "adamw": 6e-3}
 TOKENS = 3072  # of pictures, in a batch
 # Up to this step the smallest pictures alone, from which most is learned soonest.
-SMALL_UNTIL = 1120
-# From this step on, most pictures are nearly noise: what is in them can then be read from the
-# caption alone. In clearer ones it can be seen, and captions are not learned.
-CAPTIONS_FROM = 2600
-HIGH_SHARES = (0.15, 0.6)  # of levels from 0.9 up, before; from 0.85 up, then
+SMALL_UNTIL = 2000
+# So many noise levels are from here up: what is in near noise can be read from the caption alone.
+# In clearer pictures it can be seen, and captions are not learned.
+HIGH_SHARE, HIGH_FROM = 0.6, 0.85
 FALLING_FROM = 0.6  # of the steps
 NO_CAPTION = 0.1
 AVERAGE = 0.998
@@ -129,12 +128,11 @@ def _weights(scene: Scene, width: int, height: int) -> Tensor:
     return (weights / weights.mean()).flatten()
 
 
-def noise_levels(count: int, *, late: bool = False) -> Tensor:
-    """More of the high levels, at which the layout is decided; still more of them `late`."""
+def noise_levels(count: int) -> Tensor:
+    """Most of them high, where the layout is decided."""
     levels = torch.sigmoid(0.9 + 1.25 * torch.randn(count))
-    lowest = 0.85 if late else 0.9
-    high = lowest + (1 - lowest) * torch.rand(count)
-    return torch.where(torch.rand(count) < HIGH_SHARES[late], high, levels)
+    high = HIGH_FROM + (1 - HIGH_FROM) * torch.rand(count)
+    return torch.where(torch.rand(count) < HIGH_SHARE, high, levels)
 
 
 @contextmanager
@@ -170,8 +168,7 @@ def train(folder: Path, pictures: Pictures, curve: Curve) -> Path:
     def loss_of(step: int, random: Random) -> Tensor:
         chosen = batch(pictures, random, small=step < SMALL_UNTIL)
         said = ["" if random.random() < NO_CAPTION else text for text in chosen.captions]
-        late = step >= CAPTIONS_FROM
-        sigma, one = noise_levels(len(said), late=late), torch.ones(len(said))
+        sigma, one = noise_levels(len(said)), torch.ones(len(said))
         noise = torch.randn_like(chosen.latents)
         noisy = torch.lerp(chosen.latents, noise, sigma[:, None, None])
         with autocast():
