@@ -24,6 +24,7 @@ from krea_local.schema import (
     ImageSizePreset,
     ImageSource,
     Img2ImgRequest,
+    Loras,
     OutputFormat,
     Txt2ImgRequest,
     documented,
@@ -259,6 +260,7 @@ def txt2img(
     enable_safety_checker: bool = True,
     output_format: OutputFormat = "jpeg",
     acceleration: Acceleration | None = None,
+    loras: Loras = (),
     model: str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
@@ -284,6 +286,7 @@ def img2img(
     enable_safety_checker: bool = True,
     output_format: OutputFormat = "jpeg",
     acceleration: Acceleration | None = None,
+    loras: Loras = (),
     model: str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Result:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 CHECKSUM = r"[0-9a-f]{64}|[0-9a-f]{40}"
 CHUNK = 2**20  # bytes
+SHA256 = 64 * "0"  # one of its kind
 NOTES = Path(".cache") / "huggingface" / "download"
 
 

@@ -63,7 +63,7 @@ DEBUG_VARIABLE = "KREA_LOCAL_DEBUG"
 EXTENSIONS = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
 # Fields of the API's JSON that say nothing to a command line: the prompt is positional, and
 # sync_mode is about URLs in a response.
-NOT_FLAGS = ("prompt", "sync_mode")
+NOT_FLAGS = ("prompt", "sync_mode", "loras")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,6 +200,15 @@ def _add_request(command: argparse.ArgumentParser, request: type[Request]) -> No
             )
         else:
             group.add_argument(flag, dest=name, metavar=_metavar(name), help=_help(name, field))
+    group.add_argument(
+        "--lora",
+        action="append",
+        dest="loras",
+        metavar="PATH[:SCALE]",
+        type=_lora,
+        help="add a LoRA: a .safetensors file, a hub id or a URL, and how strongly it counts, 0 … "
+        "4 (default: 1); may be given several times",
+    )
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:
@@ -499,6 +508,11 @@ def _prompts(given: dict[str, Any], arguments: dict[str, Any]) -> Iterator[dict[
     if not prompts:
         raise InvalidRequest(f"--prompts {name}: holds no prompts")
     yield from ({"prompt": prompt} for prompt in prompts)
+
+
+def _lora(text: str) -> dict[str, str]:
+    match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
+    return {"path": match[1], "scale": match[2]} if match else {"path": text}
 
 
 def _image_size(text: str) -> str | ImageSize | dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from krea_local import speed
+from krea_local.layers import LowRank
 from krea_local.memory import is_out_of_memory, pin, pin_tensors
 from krea_local.sampling import Velocity, latent_ids, model_timestep
 from krea_local.schema import Acceleration
@@ -189,6 +190,14 @@ class Engine:
                 return self._repeat(error, level, latents, conditioning, step, cache)
 
         return velocity
+
+    def adapt(self, low_rank: Mapping[str, LowRank]) -> None:
+        """Have LoRAs added to the transformer's layers, by name; between calls.
+
+        The weights stay as they are. Those in 8-bit floats are made anew, with it in them.
+        """
+        self.transformer.adapt(low_rank)
+        self.forget()
 
     def forget(self) -> None:
         """Drop what is kept from call to call: 80 MB, and the weights in 8-bit floats."""

@@ -5,7 +5,8 @@ Both take rows [R, K] and write rows [R, N], where they are told to. Knows nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,81 @@ from torch import Tensor, nn
 from krea_local.kernels import PLAIN, Quantized, Rows
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a linear layer: up · (down · x), for some of its outputs.
+
+    Attributes:
+        down: [r, K], of all parts, one below the other.
+        ups: of each part, [N', r'].
+        starts: of each part, the first output that it adds to.
+    """
+
+    down: Tensor
+    ups: tuple[Tensor, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor, start: int = 0) -> LowRank:
+        """One part."""
+        return cls(down, (up,), (start,))
+
+    @classmethod
+    def join(cls, parts: Sequence[LowRank]) -> LowRank:
+        """All `parts` together; those to the same outputs become one."""
+        groups: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for part in parts:
+            downs = part.down.split([up.shape[1] for up in part.ups])
+            for down, up, start in zip(downs, part.ups, part.starts, strict=True):
+                groups.setdefault((start, up.shape[0]), []).append((down, up))
+        return cls(
+            torch.cat([down for group in groups.values() for down, _ in group]),
+            tuple(torch.cat([up for _, up in group], dim=1) for group in groups.values()),
+            tuple(start for start, _ in groups),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.down.nbytes + sum(up.nbytes for up in self.ups)
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same on `device`."""
+        return replace(self, down=self.down.to(device), ups=tuple(up.to(device) for up in self.ups))
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """Add to a layer's result `out` [R, N] for x [R, K], in place; returns `out`."""
+        lows = (x @ self.down.t()).split([up.shape[1] for up in self.ups], dim=1)
+        for low, up, start in zip(lows, self.ups, self.starts, strict=True):
+            out[:, start : start + up.shape[0]].addmm_(low, up.t())
+        return out
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """A layer's weight [N, K] with what is added to it, summed in float32."""
+        total = weight.to(torch.float32, copy=True)
+        downs = self.down.float().split([up.shape[1] for up in self.ups])
+        for down, up, start in zip(downs, self.ups, self.starts, strict=True):
+            total[start : start + up.shape[0]].addmm_(up.float(), down)
+        return total.to(weight.dtype)
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` over rows, into a given place."""
+    """`nn.Linear` over rows, into a given place, and what a LoRA adds to it.
+
+    Attributes:
+        low_rank: is added to every product. No weight of the module, so it does not move with it.
+    """
+
+    low_rank: LowRank | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, of [R, K]."""
+        return self.multiply(input, self.weight, self.bias)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """As `forward`, with copies of its own weights."""
+        out = F.linear(x, weight, bias)
+        return out if self.low_rank is None else self.low_rank.add(x, out)
 
     def project(self, x: Rows, out: Tensor | None = None) -> Tensor:
         """Plain x [R, K] → [R, N], written to `out` if given.
@@ -24,11 +98,14 @@ class Linear(nn.Linear):
         """
         assert isinstance(x, Tensor)
         result: Tensor = torch.addmm(self.bias, x, self.weight.t(), out=out)
-        return result
+        return result if self.low_rank is None else self.low_rank.add(x, result)
 
     def project_gelu(self, x: Rows, out: Tensor) -> Tensor:
         """`project`, then GELU (tanh), which on CUDA is in the epilogue of the product."""
         assert isinstance(x, Tensor)
+        if self.low_rank is not None:
+            gelu: Tensor = torch.ops.aten.gelu_(self.project(x, out=out), approximate="tanh")
+            return gelu
         arguments = (self.bias, x, self.weight.t())
         if not x.is_cuda:  # there this operation's GELU is the other one, by erf
             return out.copy_(F.gelu(torch.addmm(*arguments), approximate="tanh"))
@@ -53,11 +130,17 @@ class Float8Linear(nn.Module):
 
     @classmethod
     def of(
-        cls, linear: nn.Linear, quantize: Callable[[Tensor], Quantized], device: torch.device
+        cls, linear: Linear, quantize: Callable[[Tensor], Quantized], device: torch.device
     ) -> Float8Linear:
-        """`linear` in 8-bit floats, quantised on `device` and kept where `linear` is."""
+        """`linear`, and what is added to it, in 8-bit floats.
+
+        They are quantised on `device` and kept where `linear` is.
+        """
         home = linear.weight.device
-        values, scale = quantize(linear.weight.detach().to(device))
+        weight = linear.weight.detach().to(device)
+        if linear.low_rank is not None:
+            weight = linear.low_rank.added_to(weight)
+        values, scale = quantize(weight)
         return cls(Quantized(values.to(home), scale.to(home)), linear.bias.detach())
 
     def project(self, x: Rows, out: Tensor | None = None) -> Tensor:
@@ -88,7 +171,7 @@ def check_float8(device: torch.device, dtype: torch.dtype) -> None:
         ValueError: the result is wrong.
     """
     random = torch.Generator("cpu").manual_seed(0)
-    linear = nn.Linear(64, 96).requires_grad_(False)
+    linear = Linear(64, 96).requires_grad_(False)
     for parameter in linear.parameters():
         parameter.data = torch.randn(parameter.shape, generator=random).to(device, dtype)
     x = torch.randn(40, 64, generator=random).to(device, dtype)

@@ -21,3 +21,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise InvalidRequest(f"{text!r}: {error}") from error
+
+
+def cache_folder() -> Path:
+    """Ours in the user's cache folder: in $XDG_CACHE_HOME, or in ~/.cache."""
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "krea_local"

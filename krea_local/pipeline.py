@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from krea_local import speed, text, vae
 from krea_local._version import __version__
+from krea_local.adapting import Adapting
 from krea_local.engine import DiffusersEngine, Engine, Task
 from krea_local.errors import (
     GenerationFailed,
@@ -39,6 +40,8 @@ from krea_local.images import (
     pixels_to_images,
     resize,
 )
+from krea_local.lora import LoraFile
+from krea_local.lora_files import find_lora
 from krea_local.memory import (
     GIB,
     Offload,
@@ -69,6 +72,7 @@ from krea_local.schema import (
     ImageSizePreset,
     ImageSource,
     Img2ImgRequest,
+    Loras,
     OutputFormat,
     Txt2ImgRequest,
     documented,
@@ -81,6 +85,7 @@ if TYPE_CHECKING:
     from krea_local.cluster import Ulysses
     from krea_local.loading import Models
     from krea_local.safety import SafetyChecker
+    from krea_local.schema import Lora
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +170,7 @@ class Krea:
             self.engine = DiffusersEngine(models.transformer, device=device)
         else:
             raise InvalidRequest("engine='diffusers' does not share an image between processes")
+        self._adapting = Adapting(models, self.engine, device)
         self._t5: BlockStream | None = None
         if self.offload == "blocks":
             self._stream_blocks()
@@ -202,6 +208,7 @@ class Krea:
         enable_safety_checker: bool = True,
         output_format: OutputFormat = "jpeg",
         acceleration: Acceleration | None = None,
+        loras: Loras = (),
         on_step: OnStep | None = None,
     ) -> Result:
         """Draw pictures of `prompt`, with the parameters of `fal-ai/flux/krea`.
@@ -231,6 +238,7 @@ class Krea:
         enable_safety_checker: bool = True,
         output_format: OutputFormat = "jpeg",
         acceleration: Acceleration | None = None,
+        loras: Loras = (),
         on_step: OnStep | None = None,
     ) -> Result:
         """Redraw an image after `prompt`, with those of `fal-ai/flux/krea/image-to-image`.
@@ -264,8 +272,9 @@ class Krea:
         if self._running is threading.current_thread():
             raise InvalidRequest("on_step cannot draw with the model that is calling it")
         request = self._with_own_defaults(request)
-        # Before the lock: fetching an image is not the GPU's business.
+        # Before the lock: fetching is not the GPU's business.
         planned = self._plan_size(request)
+        loras = self._find_loras(request)
         with self._lock:
             if self._apart:
                 raise GenerationFailed(
@@ -282,6 +291,7 @@ class Krea:
                     explained_out_of_memory(FREE_IT if self.plan else LET_IT_CHOOSE),
                 ):
                     request = self._agreed(request, planned[0])
+                    self._adapt(loras)
                     result = self._run_somehow(request, *planned, on_step)
                 self._apart = False
             finally:
@@ -323,7 +333,7 @@ class Krea:
         models = self.models
         with self._lock:
             if prompt not in self._prompts:
-                with self._encoders():
+                with self._encoders(), self._adapting.encoders():
                     embeds = text.encode_prompt(models, prompt, self.device)
                 self._prompts[prompt] = (*embeds, text.where_cut(models, prompt))
                 if len(self._prompts) > CACHED_PROMPTS:
@@ -433,6 +443,35 @@ class Krea:
                 f"memory did not suffice: from now on less of the model stays on the GPU, at most "
                 f"{gib:.1f} GiB with offload={smaller.offload!r}, and pictures take longer"
             )
+
+    def _find_loras(self, request: Txt2ImgRequest | Img2ImgRequest) -> list[LoraFile]:
+        """The files that the request names, fetched if need be."""
+        loras = cast("tuple[Lora, ...]", request.loras)
+        return [LoraFile(find_lora(one.path, progress=self.progress), one.scale) for one in loras]
+
+    def _adapt(self, files: list[LoraFile]) -> None:
+        """Have the models add these LoRAs, and no others."""
+        adapters = self._adapting.read(files)
+        if adapters is not None:
+            self._make_room(adapters.nbytes)
+            if self._adapting.add(files, adapters):
+                self._prompts.clear()
+
+    def _make_room(self, adapters: int) -> None:
+        """Have so many bytes of LoRAs in the plan, and less of the model where they do not fit."""
+        if self.plan is None:
+            return
+        plan, budget = replace(self.plan, adapters=adapters), self.plan.budget
+        if plan.offload == "blocks":
+            self.plan = plan.for_blocks(plan.sizes.blocks)
+            self._stream_blocks()
+            return
+        while budget is not None and plan.peak > budget and (smaller := plan.smaller()) is not None:
+            plan = replace(smaller, budget=budget)
+        if plan.offload == self.plan.offload:
+            self.plan = plan
+        else:
+            self._settle(plan)
 
     def _smaller(self, plan: Plan, level: Acceleration) -> Plan | None:
         """The next plan with which this level takes less, if host memory has room for it."""
@@ -704,12 +743,14 @@ class Krea:
         height: int,
     ) -> dict[str, object]:
         """All that image i takes to be drawn again, alone."""
-        recipe = request.model_dump(exclude={"image_url", "sync_mode"})
+        recipe = request.model_dump(exclude={"image_url", "sync_mode", "loras"})
         assert request.seed is not None
         recipe |= {"seed": request.seed + i, "num_images": 1, "width": width, "height": height}
         recipe |= {"model": self.label, "version": f"krea_local {__version__}"}
         if input_image is not None:
             recipe |= {"image_name": input_image.name, "image_sha256": input_image.sha256}
+        if self._adapting.recipe:
+            recipe["loras"] = self._adapting.recipe
         return recipe
 
     def _current_device(self) -> contextlib.AbstractContextManager[object]:

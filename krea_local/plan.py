@@ -97,6 +97,7 @@ class Plan:
         pixels: of the images that it is made for.
         batch: images that are denoised together.
         float8: whether the blocks are also needed in 8 bits.
+        adapters: bytes of LoRAs, which stay there.
     """
 
     sizes: Sizes
@@ -106,6 +107,7 @@ class Plan:
     pixels: int = 2**20
     batch: int = 1
     float8: bool = False
+    adapters: int = 0
 
     @property
     def streamed(self) -> int:
@@ -126,12 +128,12 @@ class Plan:
         decoding = decoding * sizes.itemsize // 2
         if self.offload in ("none", "modulation"):
             kept = sum(sizes.blocks) + sizes.outside + sizes.t5 + sizes.text_encoder
-            kept += sizes.vae + sizes.safety_checker + RESERVE
+            kept += sizes.vae + sizes.safety_checker + RESERVE + self.adapters
             kept += sizes.modulation if self.offload == "none" else 0
             # Where blocks visit the GPU, those in 8 bits come instead of the others.
             kept += sum(sizes.blocks) // 2 if self.float8 else 0
             return {"text": kept, "denoise": kept + denoising, "decode": kept + decoding}
-        kept = sizes.safety_checker + RESERVE
+        kept = sizes.safety_checker + RESERVE + self.adapters
         places = 0
         if self.offload == "blocks":
             kept += sum(sizes.blocks) - self.streamed
@@ -192,6 +194,8 @@ class Plan:
         lines += [
             f"{'peak, ' + name:17}{size / GIB:6.2f} GiB" for name, size in self.stages.items()
         ]
+        if self.adapters:
+            lines.append(f"{'LoRAs':17}{self.adapters / GIB:6.2f} GiB  {kept[True]}")
         if self.budget is not None:
             lines.append(f"{'of':17}{self.budget / GIB:6.2f} GiB")
         if self.streamed:

@@ -13,9 +13,11 @@ from typing import Any
 
 from krea_local import weights
 from krea_local._version import __version__
+from krea_local.checksums import SHA256, compute_checksum
 from krea_local.errors import InvalidRequest, WeightsError
 from krea_local.images import open_image
 from krea_local.loading import check_layout
+from krea_local.lora_files import find_lora
 from krea_local.recipe import read_recipe
 from krea_local.schema import Img2ImgRequest, Txt2ImgRequest
 
@@ -60,6 +62,7 @@ def read_repeat(
             raise InvalidRequest(f"--from {picture}: redrew {origin}; give that as --image-url")
         if open_image(given["image_url"]).sha256 != recipe["image_sha256"]:
             notices.append(f"{given['image_url']} is not the image that {picture} was made from")
+    notices += _different_loras(picture, recipe, given)
     version = f"krea_local {__version__}"
     if recipe.get("version") != version:
         notices.append(
@@ -67,13 +70,37 @@ def read_repeat(
         )
     made_with = str(recipe.get("model"))
     # Whether to screen pictures is this user's decision, not the recipe's.
-    fields = set(request.model_fields) - {"enable_safety_checker"}
+    fields = set(request.model_fields) - {"enable_safety_checker", "loras"}
     return Repeat(
         arguments={name: recipe[name] for name in recipe if name in fields},
         made_with=made_with,
         model=_at_hand(made_with),
         notices=tuple(notices),
     )
+
+
+def _different_loras(
+    picture: str, recipe: Mapping[str, Any], given: Mapping[str, Any]
+) -> list[str]:
+    """What to say if the LoRAs given are not those that the picture was made with.
+
+    Raises:
+        InvalidRequest: it was made with some, and none are given.
+    """
+    made_with = recipe.get("loras")
+    if not isinstance(made_with, list) or not all(isinstance(one, dict) for one in made_with):
+        made_with = []
+    if made_with and "loras" not in given:
+        names = " ".join(f"--lora {one.get('path')}:{one.get('scale')}" for one in made_with)
+        raise InvalidRequest(f"--from {picture}: was made with LoRAs; give them: {names}")
+    files = [find_lora(one["path"], progress=False) for one in given.get("loras", [])]
+    found = [
+        (compute_checksum(file, SHA256), float(one.get("scale", 1)))
+        for file, one in zip(files, given.get("loras", []), strict=True)
+    ]
+    if found != [(one.get("sha256"), one.get("scale")) for one in made_with]:
+        return [f"these are not the LoRAs that {picture} was made with"]
+    return []
 
 
 def _at_hand(made_with: str) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from krea_local.errors import InvalidRequest, OutputFailed
-from krea_local.paths import expanded
+from krea_local.paths import cache_folder, expanded
 from krea_local.recipe import CONTENT_TYPES, GeneratedImage, encode, write_atomically
 from krea_local.schema import OutputFormat
 
@@ -125,8 +125,7 @@ def default_folder() -> Path:
     named = os.environ.get(OUTPUT_VARIABLE)
     if named:
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "krea_local"
+    return cache_folder()
 
 
 def _write_new(data: bytes, folder: Path, stem: str, result: Result) -> Path:

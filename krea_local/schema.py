@@ -11,9 +11,10 @@ import difflib
 import inspect
 import math
 import os
+import re
 import reprlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -181,6 +182,49 @@ def _image_source(value: object, info: ValidationInfo) -> object:
     )
 
 
+def _lora_path(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError("should be a file, a hub id or a URL")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("should be a file, a hub id or a URL")
+    if info.context and info.context.get("wire") and not text.startswith(("http://", "https://")):
+        # A path in a request from the network would read the server's own files.
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", text):
+            raise ValueError("must be a hub id or an http(s) URL")
+        owner, name, *file = text.split("/", 2)
+        page = f"https://huggingface.co/{owner}/{name}"
+        return f"{page}/resolve/main/{file[0]}" if file else page
+    return text
+
+
+class Lora(BaseModel):
+    """A LoRA and how strongly it counts."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    path: Annotated[str, BeforeValidator(_lora_path)] = Field(
+        description="A .safetensors file, a hub id (owner/name) or an http(s) URL."
+    )
+    scale: float = Field(
+        1.0, ge=0, le=4, allow_inf_nan=False, description="1 as it was trained, 0 for nothing."
+    )
+
+
+def _loras(value: object) -> object:
+    """A path stands for itself at scale 1, and any sequence will do."""
+    if isinstance(value, (str, os.PathLike)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple({"path": one} if isinstance(one, (str, os.PathLike)) else one for one in value)
+
+
+if TYPE_CHECKING:
+    Loras = Sequence[Lora | Mapping[str, object] | str | os.PathLike[str]]
+else:
+    Loras = Annotated[tuple[Lora, ...], BeforeValidator(_loras)]
+
 if TYPE_CHECKING:
     ImageSource = str | os.PathLike[str] | bytes | Image
 else:
@@ -232,6 +276,11 @@ class _Request(BaseModel):
     )
     output_format: OutputFormat = Field("jpeg", description="File format of the images.")
     acceleration: Acceleration = Field("none", description="Speed against fidelity.")
+    loras: Loras = Field(
+        (),
+        description="LoRAs to add, each a file, hub id or URL, or such a `path` with a `scale` "
+        "from 0 to 4.",
+    )
 
     @classmethod
     def parse(
@@ -349,7 +398,7 @@ def describe_limits(name: str, field: FieldInfo) -> str:
     notes = [f"{ends[0]} … {ends[1]}"] if len(ends) == 2 and name != "seed" else []
     if name == "image_size":
         notes.append(", ".join(PRESETS))
-    if not field.is_required() and field.default is not None:
+    if not field.is_required() and field.default not in (None, ()):
         is_switch = field.annotation is bool
         notes.append(f"default: {('off', 'on')[field.default] if is_switch else field.default}")
     if name == "guidance_scale":

@@ -5,10 +5,13 @@ Knows nothing of requests, images or where weights come from.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from krea_local.layers import LowRank
 from krea_local.streaming import BlockStream
 
 if TYPE_CHECKING:
@@ -51,6 +54,24 @@ def stream_t5(encoder: T5EncoderModel, device: torch.device) -> BlockStream:
         block.register_forward_pre_hook(lambda *_, i=i: stream.acquire(i))
         block.register_forward_hook(lambda *_, i=i: stream.release(i))
     return stream
+
+
+@contextlib.contextmanager
+def adapted(encoder: nn.Module, low_rank: Mapping[str, LowRank]) -> Iterator[None]:
+    """Have this added to the encoder's linear layers, by name, inside the block."""
+
+    def hook(added: LowRank) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            rows = out.reshape(-1, out.shape[-1])
+            return added.add(inputs[0].reshape(-1, inputs[0].shape[-1]), rows).view_as(out)
+
+        return add
+
+    with contextlib.ExitStack() as stack:
+        for name, added in low_rank.items():
+            handle = encoder.get_submodule(name).register_forward_hook(hook(added))
+            stack.callback(handle.remove)
+        yield
 
 
 def outside_blocks(encoder: T5EncoderModel) -> list[nn.Module]:

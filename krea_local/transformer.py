@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from krea_local import attention
 from krea_local.kernels import PLAIN, Kernels, Layout, Rows, part
 from krea_local.kernels.fallback import rows_of
-from krea_local.layers import Float8Linear, Linear
+from krea_local.layers import Float8Linear, Linear, LowRank
 
 SINUSOIDS = 256
 ROTARY_BASE = 10000.0
@@ -161,7 +161,7 @@ class _QKNorm(nn.Module):
 class _Modulation(nn.Module):
     def __init__(self, width: int, vectors: int) -> None:
         super().__init__()
-        self.lin = nn.Linear(width, vectors * width)
+        self.lin = Linear(width, vectors * width)
 
 
 class _Attention(nn.Module):
@@ -176,7 +176,7 @@ class _Attention(nn.Module):
 class _Embedder(nn.Module):
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.in_layer, self.out_layer = nn.Linear(inputs, width), nn.Linear(width, width)
+        self.in_layer, self.out_layer = Linear(inputs, width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         embedded: Tensor = self.out_layer(F.silu(self.in_layer(x)))
@@ -213,13 +213,13 @@ class _SingleBlock(nn.Module):
 class _FinalLayer(nn.Module):
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
         self.linear = Linear(width, outputs)
 
     @property
-    def modulation(self) -> nn.Linear:
+    def modulation(self) -> Linear:
         layer = self.adaLN_modulation[1]
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, Linear)
         return layer
 
 
@@ -232,7 +232,7 @@ class FluxTransformer(nn.Module):
         self.quantized = False
         width = config.hidden_size
         self.img_in = Linear(config.in_channels, width)
-        self.txt_in = nn.Linear(config.joint_attention_dim, width)
+        self.txt_in = Linear(config.joint_attention_dim, width)
         self.time_in = _Embedder(SINUSOIDS, width)
         self.guidance_in = _Embedder(SINUSOIDS, width)
         self.vector_in = _Embedder(config.pooled_projection_dim, width)
@@ -255,12 +255,18 @@ class FluxTransformer(nn.Module):
         """Of the activations."""
         return self.img_in.weight.dtype
 
-    def modulations(self) -> list[nn.Linear]:
+    def modulations(self) -> list[Linear]:
         """The layers that only `condition` needs: 27 % of FLUX.1's weights, 6.5 GB in bfloat16."""
         found = [block.img_mod.lin for block in self._doubles]
         found += [block.txt_mod.lin for block in self._doubles]
         found += [block.modulation.lin for block in self._singles]
         return [*found, self.final_layer.modulation]
+
+    def adapt(self, low_rank: Mapping[str, LowRank]) -> None:
+        """Have this added to linear layers, by name, and nothing to the others."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.low_rank = low_rank.get(name)
 
     def step_modules(self) -> list[nn.Module]:
         """The modules with weights that `forward` needs, all but `modulations`."""
@@ -303,7 +309,7 @@ class FluxTransformer(nn.Module):
         large = list(zip(self.large_layers(), other.large_layers(), strict=True))
         for (owner, name), (new_owner, _) in large:
             layer = owner.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, Linear)
             setattr(new_owner, name, Float8Linear.of(layer, kernels.quantize, device))
         other.quantized = True
         return other.eval().requires_grad_(False)
@@ -335,10 +341,10 @@ class FluxTransformer(nn.Module):
         strength = self.guidance_in(_sinusoids(guidance.to(dtype) * 1000).to(dtype))
         activated = F.silu(time + strength + self.vector_in(pooled_prompt_embeds))  # [T, D]
 
-        def vectors(layer: nn.Linear, count: int) -> Tensor:
+        def vectors(layer: Linear, count: int) -> Tensor:
             # The weights may be on the CPU; `memory.pin` has made their copies asynchronous.
             weight, bias = (t.to(device, non_blocking=True) for t in (layer.weight, layer.bias))
-            table: Tensor = F.linear(activated, weight, bias).unflatten(1, (1, count, -1))
+            table: Tensor = layer.multiply(activated, weight, bias).unflatten(1, (1, count, -1))
             return table
 
         double = tuple(
@@ -527,9 +533,11 @@ class _Run:
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
-    """Make the parameters of `target` those of `source`."""
+    """Make the parameters of `target` those of `source`, and what is added to them."""
     for name, module in source.named_modules():
         other = target.get_submodule(name)
+        if isinstance(module, Linear) and isinstance(other, Linear):
+            other.low_rank = module.low_rank
         for key, parameter in module._parameters.items():
             other._parameters[key] = parameter
 

@@ -245,7 +245,7 @@ def _weights_file(name: str, file: str | os.PathLike[str]) -> Path:
     if not isinstance(file, (str, os.PathLike)):
         raise InvalidRequest(f"{name}={file!r}: should be a path")
     path = expanded(os.fspath(file))
-    _refuse_pickle(path)
+    refuse_pickle(path)
     if path.suffix.lower() not in SINGLE_FILES:
         raise InvalidRequest(f"{name}={str(path)!r}: should be a file, {', '.join(SINGLE_FILES)}")
     if not path.is_file():
@@ -268,7 +268,8 @@ def _beside(file: Path) -> Path | None:
     return folder if complete else None
 
 
-def _refuse_pickle(path: Path) -> None:
+def refuse_pickle(path: Path) -> None:
+    """Raise `WeightsInvalid` for a file that is a pickle by its name."""
     if path.suffix in PICKLES:
         raise WeightsInvalid(f"{str(path)!r} is a pickle, which can run any code: it is never read")
 
@@ -286,7 +287,7 @@ def _find_default(apart: tuple[str, ...]) -> Checkpoint:
 
 
 def _find_folder(path: Path) -> Checkpoint:
-    _refuse_pickle(path)
+    refuse_pickle(path)
     if path.is_file():
         raise UnsupportedModel(
             f"{str(path)!r} is not a file of weights ({', '.join(SINGLE_FILES)}): give one, or the "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import latency, random_model
+from benchmarks import latency, lora, random_model
 
 
 def test_latency_prints_a_table_and_one_line_of_json(
@@ -31,6 +31,19 @@ def test_latency_prints_a_table_and_one_line_of_json(
     table = "\n".join(printed[:-1])
     for word in ("images a minute", "per megapixel", "peak memory"):
         assert word in table
+
+
+def test_what_loras_cost_is_measured_level_by_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results.jsonl"
+    options = "--model tiny --image-size 64x64 --steps 1 --ranks 2 4 --levels none --runs 1"
+    assert lora.main([*shlex.split(options), "--device", "cpu", "--output", str(output)]) == 0
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [result["rank"] for result in results] == [2, 4]
+    assert results[1]["file_bytes"] > 1.5 * results[0]["file_bytes"]
+    assert all(result["ratio"] > 0 for result in results)
+    assert "rank 4" in capsys.readouterr().out
 
 
 def test_the_cost_is_shown_for_a_gpu_next_to_the_hosted_apis() -> None:

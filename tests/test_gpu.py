@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import krea_local
 from krea_local.kernels import distance
@@ -213,3 +214,32 @@ def test_any_number_of_blocks_may_stay(on_gpu: krea_local.Krea, tiny_folder: Pat
         assert made.plan is not None
         assert made.plan.peak <= plan.peak
         assert made.txt2img("a fox", **arguments).images[0].tobytes() == wanted
+
+
+def test_loras_draw_the_same_in_every_plan_and_leave_no_trace(
+    on_gpu: krea_local.Krea, tiny_folder: Path, tmp_path: Path
+) -> None:
+    random = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, module in on_gpu.models.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            outputs, inputs = module.weight.shape
+            for half, shape in (("A", (4, inputs)), ("B", (outputs, 4))):
+                tensors[f"{name}.lora_{half}.weight"] = torch.randn(shape, generator=random)
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file)
+    arguments = {"image_size": SIZE, "seed": 5}
+    plain = on_gpu.txt2img("a fox", **arguments).images[0].tobytes()
+    changed = on_gpu.txt2img("a fox", **arguments, loras=[file]).images[0].tobytes()
+    assert changed != plain
+    assert on_gpu.txt2img("a fox", **arguments).images[0].tobytes() == plain
+    for offload in ("model", "blocks"):
+        made = krea_local.load(tiny_folder, offload=offload)
+        assert made.txt2img("a fox", **arguments, loras=[file]).images[0].tobytes() == changed
+    if has_float8(on_gpu.device):
+        levels = [
+            on_gpu.txt2img("a fox", **arguments, acceleration="regular", loras=loras)
+            for loras in ((), [file], ())
+        ]
+        first, second, third = (level.images[0].tobytes() for level in levels)
+        assert first == third != second

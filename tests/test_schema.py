@@ -50,7 +50,7 @@ def test_the_bodies_of_the_hosted_page_are_our_defaults() -> None:
         if request is Txt2ImgRequest:
             required.pop("image_url", None)
         assert request.parse(body) == request.parse(required)
-        assert set(request.model_fields) == {*body, "seed"}
+        assert set(request.model_fields) == {*body, "seed", "loras"}
 
 
 def test_the_functions_take_the_fields_with_their_defaults() -> None:

@@ -1,0 +1,167 @@
+"""Where the file of a LoRA is: on this machine, on the hub, or behind a URL, which is fetched once.
+
+Knows nothing of what is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from krea_local.errors import InvalidRequest, KreaError, OutputFailed, WeightsNotFound
+from krea_local.files import check_safetensors
+from krea_local.paths import cache_folder, expanded
+from krea_local.progress import Bar
+from krea_local.weights import PICKLES, hub_bars, refuse_pickle, told_of_hub
+
+USUAL_NAME = "pytorch_lora_weights.safetensors"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+HUB_URL = re.compile(
+    rf"https://(?:huggingface\.co|hf\.co)/({HUB_ID})"
+    r"(?:/(?:resolve|blob|tree)/([^/?#]+)(?:/([^?#]+))?)?/?(?:[?#].*)?"
+)
+MAX_BYTES = 8 * 2**30  # of all of FLUX.1's layers in bfloat16, rank 512 takes 5.7
+ANSWER_SECONDS = 30.0
+MAX_REDIRECTS = 5
+CHUNK = 2**20
+
+
+def find_lora(path: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """The safetensors file of a LoRA; fetched, if it is elsewhere and not yet here.
+
+    Args:
+        path: a file; a folder with one such file; a hub id, with or without the file's name in it
+            ("owner/name/file.safetensors"); a page of the hub; or an http(s) URL.
+        progress: show a bar on standard error, where that is a terminal.
+
+    Raises:
+        WeightsNotFound: not there, or several are and none has the usual name.
+        WeightsInvalid: a pickle, or not safetensors.
+        LicenceRequired: the hub wants its licence accepted.
+        OutputFailed: the disk is full.
+    """
+    text = os.fspath(path)
+    if re.match(r"https?://", text):
+        on_hub = HUB_URL.fullmatch(text)
+        if on_hub:
+            return _on_hub(*on_hub.groups(), progress=progress)
+        return _behind_url(text, progress=progress)
+    place = expanded(text)
+    try:
+        if place.is_dir():
+            names = [file.name for file in place.glob("*.safetensors")]
+            return place / _choose(names, f"the folder {text!r}")
+        if place.exists():
+            refuse_pickle(place)
+            check_safetensors(place)
+            return place
+    except OSError as error:
+        raise WeightsNotFound(f"cannot look at {text!r}: {error.strerror or error}") from error
+    named = re.fullmatch(rf"({HUB_ID})(?:/(.+))?", text)
+    if not named or Path(named[1]).suffix in (".safetensors", *PICKLES):
+        raise WeightsNotFound(
+            f"no LoRA {text!r}: give a .safetensors file, a hub id (owner/name) or a URL"
+        )
+    return _on_hub(named[1], None, named[2], progress=progress)
+
+
+def _choose(names: list[str], where: str) -> str:
+    """The one file that is meant."""
+    if len(names) == 1 or USUAL_NAME in names:
+        return names[0] if len(names) == 1 else USUAL_NAME
+    if not names:
+        raise WeightsNotFound(f"no .safetensors in {where}")
+    listed = ", ".join(sorted(names)[:5])
+    raise WeightsNotFound(f"{where} holds {len(names)} .safetensors: name one of {listed}")
+
+
+def _on_hub(repo: str, revision: str | None, name: str | None, *, progress: bool) -> Path:
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    if name:
+        refuse_pickle(Path(name))
+    with told_of_hub(repo), hub_bars(show=progress):
+        if name is None:
+            files = list_repo_files(repo, revision=revision)
+            name = _choose(
+                [one for one in files if one.endswith(".safetensors") and "/" not in one],
+                f"https://huggingface.co/{repo}",
+            )
+        file = Path(hf_hub_download(repo, urllib.parse.unquote(name), revision=revision))
+    check_safetensors(file)
+    return file
+
+
+def _behind_url(url: str, *, progress: bool) -> Path:
+    """The file in our cache, fetched if it is not there yet."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"[:200]
+    except ValueError as error:
+        raise InvalidRequest(f"loras: {url!r} is not a URL: {error}") from error
+    name = Path(urllib.parse.unquote(parts.path)).name
+    refuse_pickle(Path(name))
+    stem = re.sub(r"[^\w.-]", "_", name.removesuffix(".safetensors"))[:80] or "lora"
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    place = cache_folder() / "loras" / f"{stem}-{key}.safetensors"
+    if place.exists():
+        return place
+    partial = place.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(url, shown, partial, progress=progress)
+        check_safetensors(partial)
+        partial.replace(place)
+    except KreaError as error:
+        # The name that it would have had says more than the partial file's.
+        raise type(error)(str(error).replace(str(partial), shown)) from error
+    except OSError as error:
+        raise OutputFailed(f"cannot write {str(place)!r}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return place
+
+
+def _fetch(url: str, shown: str, place: Path, *, progress: bool) -> None:
+    import httpx
+
+    try:
+        with (
+            httpx.Client(
+                follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=ANSWER_SECONDS
+            ) as client,
+            client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer,
+        ):
+            if not answer.is_success:
+                status = f"{answer.status_code} {answer.reason_phrase}"
+                raise WeightsNotFound(f"loras: {shown} answered {status}")
+            length = int(answer.headers.get("Content-Length", 0))
+            _write(answer.iter_raw(CHUNK), length, shown, place, progress=progress)
+    except (KreaError, OSError):
+        raise
+    # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise WeightsNotFound(f"loras: could not load {shown}: {reason}") from error
+
+
+def _write(chunks: Any, length: int, shown: str, place: Path, *, progress: bool) -> None:
+    bar = Bar(length, show=progress and length > 0, unit="B")
+    count = 0
+    try:
+        with place.open("xb") as file:
+            for chunk in chunks:
+                count += len(chunk)
+                if count > MAX_BYTES:
+                    raise WeightsNotFound(f"loras: {shown} is over {MAX_BYTES // 2**30} GiB")
+                file.write(chunk)
+                bar.advance("lora", len(chunk))
+    finally:
+        bar.close()
