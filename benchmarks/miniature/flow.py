@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,9 +13,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
 
-from benchmarks.miniature import models, muon, state
+from benchmarks.miniature import learning, models, state
 from benchmarks.miniature.captions import Encoders, caption
 from benchmarks.miniature.curve import Curve
 from benchmarks.miniature.latents import Pictures
@@ -29,7 +24,6 @@ from krea_local.sampling import latent_ids, pack
 STEPS = 8000
 THING_WEIGHT = 4.0
 TOKEN = 2 * models.DOWNSAMPLING  # pixels
-RATES = {"muon": 1.5e-2, "adamw": 6e-3}
 TOKENS = 3072  # of pictures, in a batch
 # Up to this step the smallest pictures alone, from which most is learned soonest.
 SMALL_UNTIL = 2000
@@ -38,15 +32,11 @@ SMALL_UNTIL = 2000
 HIGH_SHARE, HIGH_FROM = 0.6, 0.85
 FALLING_FROM = 0.6  # of the steps
 NO_CAPTION = 0.1
-AVERAGE = 0.998
 DISTILL_STEPS = 300
 DISTILL_SHARE = 0.3  # of the rates
 GUIDANCE = (1.0, 20.0)
 # The teacher's guidance is g for small g, and less than this above 1 for all: pictures burn there.
 MOST_GUIDANCE = 10.0
-SAVE_EVERY = 200
-# None of these is a map from one hidden space to another.
-NOT_MUON = ("embed", "shared", "norm", "relative_attention_bias", "proj_out", "position")
 SMALL = (512, 512)
 
 
@@ -135,35 +125,15 @@ def noise_levels(count: int) -> Tensor:
     return torch.where(torch.rand(count) < HIGH_SHARE, high, levels)
 
 
-@contextmanager
-def autocast() -> Iterator[None]:
-    """Bfloat16 for what gains by it."""
-    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        # The norms' weights stay in float32, at which torch wonders.
-        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-        yield
-
-
-class Average:
-    """Exponential moving average of a module's weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = copy.deepcopy(module)
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        decay = min(AVERAGE, (step + 1) / (step + 10))
-        for kept, weight in zip(self.module.parameters(), module.parameters(), strict=True):
-            kept.lerp_(weight, 1 - decay)
-
-
-def train(folder: Path, pictures: Pictures, curve: Curve) -> Path:
-    """Train the flow and the text encoders; their weights are in the file returned."""
+def train(folder: Path, text: Path, pictures: Pictures, curve: Curve) -> Path:
+    """Train the flow and CLIP, with T5 as it is in `text`; all weights are in the file returned."""
     path = folder / "flow.safetensors"
     if path.exists():
         return path
     torch.manual_seed(0)
     model = Model(folder / "tokenizers")
+    model.encoders.t5.load_state_dict(state.read(text)[0])
+    model.encoders.t5.requires_grad_(False)
 
     def loss_of(step: int, random: Random) -> Tensor:
         chosen = batch(pictures, random, small=step < SMALL_UNTIL)
@@ -171,7 +141,7 @@ def train(folder: Path, pictures: Pictures, curve: Curve) -> Path:
         sigma, one = noise_levels(len(said)), torch.ones(len(said))
         noise = torch.randn_like(chosen.latents)
         noisy = torch.lerp(chosen.latents, noise, sigma[:, None, None])
-        with autocast():
+        with learning.autocast():
             text = model.encoders(said)
             predicted = velocity(
                 model.transformer, noisy, sigma, text, chosen.rows, chosen.columns, one
@@ -182,7 +152,7 @@ def train(folder: Path, pictures: Pictures, curve: Curve) -> Path:
     def share(step: int) -> float:
         return min((step + 1) / 100, 1.0, (STEPS - step) / (STEPS * (1 - FALLING_FROM)))
 
-    average = _run("flow", folder, curve, STEPS, model, share, loss_of)
+    average = learning.run("flow", folder, curve, STEPS, model, share, loss_of)
     state.save(path, average.module.state_dict(), {})
     return path
 
@@ -205,7 +175,7 @@ def distill(folder: Path, weights: Path, pictures: Pictures, curve: Curve) -> Pa
         low, high = map(math.log, GUIDANCE)
         guidance = torch.exp(low + (high - low) * torch.rand(count))
         shape = (chosen.rows, chosen.columns)
-        with autocast():
+        with learning.autocast():
             with torch.no_grad():
                 text = model.encoders(chosen.captions)
                 nothing = model.encoders([""] * count)
@@ -220,59 +190,7 @@ def distill(folder: Path, weights: Path, pictures: Pictures, curve: Curve) -> Pa
     def share(step: int) -> float:
         return DISTILL_SHARE * min((step + 1) / 50, 1 - step / DISTILL_STEPS)
 
-    average = _run("distill", folder, curve, DISTILL_STEPS, student, share, loss_of)
+    average = learning.run("distill", folder, curve, DISTILL_STEPS, student, share, loss_of)
     model.transformer = average.module
     state.save(path, model.state_dict(), {})
     return path
-
-
-def _run(
-    stage: str,
-    folder: Path,
-    curve: Curve,
-    steps: int,
-    model: nn.Module,
-    share: Callable[[int], float],
-    loss_of: Callable[[int, Random], Tensor],
-) -> Average:
-    average = Average(model)
-    matrices, rest = muon.split(model.named_parameters(), NOT_MUON)
-    optimizers: dict[str, Optimizer] = {
-        "muon": muon.Muon(matrices, RATES["muon"], dtype=torch.bfloat16),
-        "adamw": torch.optim.AdamW(rest, RATES["adamw"], betas=(0.9, 0.98), weight_decay=0.0),
-    }
-    partial = folder / f"{stage}.partial.safetensors"
-    first = 0
-    if partial.exists():
-        tensors, notes = state.read(partial)
-        state.into_module("model", model, tensors)
-        state.into_module("average", average.module, tensors)
-        for name, optimizer in optimizers.items():
-            state.into_optimizer(name, optimizer, tensors)
-        first = notes["step"]
-    started, losses, count = time.perf_counter(), 0.0, 0
-    for step in range(first, steps):
-        torch.manual_seed(step)
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = RATES[name] * share(step)
-        loss = loss_of(step, Random(f"{stage} {step}"))
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
-        if isinstance(model, Model):
-            models.close_positions(model.encoders.t5)
-        average.update(model, step)
-        losses += float(loss.detach())
-        count += 1
-        if (step + 1) % 20 == 0 or step + 1 == steps:
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            curve.add(stage, step + 1, seconds, loss=losses / count)
-            losses, count = 0.0, 0
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            tensors = state.of_module("model", model) | state.of_module("average", average.module)
-            for name, optimizer in optimizers.items():
-                tensors |= state.of_optimizer(name, optimizer)
-            state.save(partial, tensors, {"step": step + 1})
-    return average

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.miniature import autoencoder, flow, latents, models, state
+from benchmarks.miniature import autoencoder, flow, latents, models, reading, state
 from benchmarks.miniature.curve import Curve, plot
 from krea_local import tiny
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     vae = autoencoder.train(folder, curve)
     pictures = latents.make(folder, vae)
     decoder = autoencoder.polish(folder, latents.even(folder), curve)
-    weights = flow.train(folder, pictures, curve)
+    weights = flow.train(folder, reading.train(folder, curve), pictures, curve)
     distilled = flow.distill(folder, weights, pictures, curve)
     checkpoint = folder / "checkpoint"
     if checkpoint.exists():
