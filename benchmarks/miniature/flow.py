@@ -21,12 +21,12 @@ from benchmarks.miniature.latents import Pictures
 from benchmarks.miniature.scenes import Scene
 from krea_local.sampling import latent_ids, pack
 
-STEPS = 8000
+STEPS = 4000
 THING_WEIGHT = 4.0
 TOKEN = 2 * models.DOWNSAMPLING  # pixels
 TOKENS = 3072  # of pictures, in a batch
 # Up to this step the smallest pictures alone, from which most is learned soonest.
-SMALL_UNTIL = 2000
+SMALL_UNTIL = 1400
 # So many noise levels are from here up: what is in near noise can be read from the caption alone.
 # In clearer pictures it can be seen, and captions are not learned.
 HIGH_SHARE, HIGH_FROM = 0.6, 0.85
