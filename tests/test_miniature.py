@@ -20,8 +20,10 @@ from benchmarks.miniature import (
     evaluate,
     flow,
     latents,
+    learning,
     models,
     muon,
+    reading,
     scenes,
     state,
     train,
@@ -287,7 +289,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (latents, "CHUNK"): 2,
         (flow, "STEPS"): 3,
         (flow, "DISTILL_STEPS"): 2,
-        (flow, "SAVE_EVERY"): 1,
+        (learning, "SAVE_EVERY"): 1,
+        (reading, "STEPS"): 2,
+        (reading, "CAPTIONS"): 4,
         (flow, "TOKENS"): 144,
     }
 
@@ -328,7 +332,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_training_goes_on_where_it_stopped(folders: tuple[Path, Path]) -> None:
     for folder in folders:
         assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
-    for stage in ("vae", "vae.polished", "flow", "distilled"):
+    for stage in ("vae", "vae.polished", "text", "flow", "distilled"):
         ours, theirs = (state.read(folder / f"{stage}.safetensors")[0] for folder in folders)
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=0)
@@ -340,6 +344,23 @@ def test_training_goes_on_where_it_stopped(folders: tuple[Path, Path]) -> None:
     krea = load(folders[1] / "checkpoint", progress=False)
     assert krea.size_multiple == 64
     assert krea.txt2img("a red ring", num_inference_steps=1, seed=0).has_nsfw_concepts == (False,)
+
+
+def test_what_t5_has_to_tell_is_where_things_lie() -> None:
+    one, two = (
+        scenes.Thing("ring", "red", "small", 0.25, 0.5),
+        scenes.Thing("star", "blue", "", 0.75, 0.5),
+    )
+    ground = ("stripes", ("white", "pink"))
+    ninths, whole = reading.facts(scenes.Scene((one, two), *ground, "row"))
+    shapes, colours = scenes.SHAPES, tuple(scenes.COLOURS)
+    nothing = [len(shapes), reading.UNKNOWN, reading.UNKNOWN]
+    assert ninths[3] == [shapes.index("ring"), colours.index("red"), 0]
+    assert ninths[5] == [shapes.index("star"), colours.index("blue"), 1]
+    assert all(ninths[i] == nothing for i in (0, 1, 2, 4, 6, 7, 8))
+    assert whole == [1, 1, 2, colours.index("white"), colours.index("pink")]
+    anywhere, _ = reading.facts(scenes.Scene((one,), *ground, "place"))
+    assert anywhere == [[reading.UNKNOWN] * 3] * 9  # the caption does not say
 
 
 def test_a_curve_is_lines_of_json(tmp_path: Path) -> None:
