@@ -300,6 +300,11 @@ def _add_download(commands: Any) -> None:
         "Falconsai/nsfw_image_detection, fetches nothing else",
     )
     command.add_argument(
+        "--variant",
+        help='"bf16", the model itself; or Krea\'s transformer in fewer bits: "fp8" (11.9 GB), '
+        '"gguf-q8" (12.1), "gguf-q6", "gguf-q5", "gguf-q4" (default: bf16)',
+    )
+    command.add_argument(
         "--folder",
         metavar="DIR",
         help="where to (default: the hub's cache, where --model MODEL finds it)",
@@ -527,17 +532,21 @@ def _image_size(text: str) -> str | ImageSize | dict[str, str]:
 
 def _download(parsed: argparse.Namespace) -> int:
     from krea_local import fetching
+    from krea_local.weights import FULL
 
     given = vars(parsed)
     model, folder = given.get("model", "krea"), given.get("folder")
     quiet = "quiet" in given
     try:
         planned = fetching.plan(
-            model, folder=folder, safety_checker=given.get("safety_checker", True)
+            model,
+            variant=given.get("variant", FULL),
+            folder=folder,
+            safety_checker=given.get("safety_checker", True),
         )
         if not quiet:
             print(f"krea-local: {_one_line(planned.describe())}", file=sys.stderr)
-        fetching.fetch(planned, progress=not quiet)
+        place = fetching.fetch(planned, progress=not quiet)
     except KeyboardInterrupt:
         print(
             "krea-local: interrupted; run it again, and it goes on where it stopped",
@@ -546,6 +555,7 @@ def _download(parsed: argparse.Namespace) -> int:
         return INTERRUPTED
     if planned.on_hub:  # a folder of an alias's name needs its path
         named = os.path.join(os.curdir, folder) if folder else model  # noqa: PTH118
+        named = str(place) if planned.variant else named
         print(f'krea-local txt2img "a red fox in fresh snow" --model {shlex.quote(named)}')
     return OK
 

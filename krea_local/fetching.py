@@ -12,7 +12,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from krea_local import loading, weights
@@ -31,7 +31,16 @@ from krea_local.errors import (
 )
 from krea_local.paths import expanded
 from krea_local.transfer import ANSWER_SECONDS, File, check, complete, locked, size_of
-from krea_local.weights import KREA, SAFETY_CHECKER_FILES, SAFETY_CHECKER_REPO, SRPO_FILE, Family
+from krea_local.weights import (
+    FULL,
+    KREA,
+    SAFETY_CHECKER_FILES,
+    SAFETY_CHECKER_REPO,
+    SRPO_FILE,
+    VARIANTS,
+    Family,
+    Variant,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Plan:
 
     Attributes:
         on_hub: the model's family and hub id; None for the safety checker alone.
+        variant: whose transformer is fetched instead of the model's own, if any.
         safety_checker: whether that is fetched too.
         folder: where to, or None for the hub's cache.
         files: all that are needed.
@@ -48,6 +58,7 @@ class Plan:
     """
 
     on_hub: tuple[Family, str] | None
+    variant: Variant | None
     safety_checker: bool
     folder: Path | None
     files: tuple[File, ...]
@@ -75,6 +86,7 @@ class Plan:
 def download(
     model: str = KREA.alias,
     *,
+    variant: str = FULL,
     folder: str | os.PathLike[str] | None = None,
     safety_checker: bool = True,
     progress: bool = True,
@@ -87,6 +99,9 @@ def download(
 
     Args:
         model: "krea", "dev", "srpo" or a hub id; the safety checker's id fetches that alone.
+        variant: "bf16", the model's own weights; or, for FLUX.1 Krea [dev], its transformer in
+            fewer bits, as others have repackaged it: "fp8", "gguf-q8", "gguf-q6", "gguf-q5",
+            "gguf-q4". Everything else is the model's own.
         folder: where to, in the layout of weights.md; by default the hub's cache, where `load`
             finds it by the model's name.
         safety_checker: fetch that too, 0.34 GB; into `folder`/safety_checker if there is one.
@@ -94,7 +109,7 @@ def download(
         token: the hub's access token; by default HF_TOKEN or the one `hf auth login` saved.
 
     Returns:
-        The folder that holds the files.
+        The folder that holds the files, or a variant's transformer: what `load` takes.
 
     Raises:
         WeightsNotFound: no such model, or the hub did not answer.
@@ -104,13 +119,16 @@ def download(
         OutputFailed: the disk is too small, or `folder` holds other files of these names.
         InvalidRequest: a parameter that is none of the above.
     """
-    planned = plan(model, folder=folder, safety_checker=safety_checker, token=token)
+    planned = plan(
+        model, variant=variant, folder=folder, safety_checker=safety_checker, token=token
+    )
     return fetch(planned, progress=progress, token=token)
 
 
 def plan(
     model: str,
     *,
+    variant: str = FULL,
     folder: str | os.PathLike[str] | None = None,
     safety_checker: bool = True,
     token: str | None = None,
@@ -120,12 +138,15 @@ def plan(
     Arguments and errors are those of `download`.
     """
     on_hub = _find_repo(model)
+    if on_hub is None and variant != FULL:
+        raise InvalidRequest(f"variant={variant!r}: the safety checker has none")
+    other = weights.find_variant(*on_hub, variant) if on_hub else None
     _refuse_offline()
     target = expanded(folder).absolute() if folder is not None else None
     if target and target.exists() and not target.is_dir():
         raise OutputFailed(f"{str(target)!r} is not a folder: name another")
     files: list[File] = []
-    for repo, patterns in weights.needed(*on_hub) if on_hub else []:
+    for repo, patterns in weights.needed(*on_hub, variant=other) if on_hub else []:
         files += _listed(repo, patterns, target, token)
     if safety_checker or not on_hub:
         files += _listed(
@@ -135,7 +156,7 @@ def plan(
     try:
         unsure = tuple(file for file in files if _is_unsure(file))
         missing = tuple(file for file in files if file not in unsure and not _is_here(file))
-        planned = Plan(on_hub, safety_checker, target, tuple(files), missing, unsure)
+        planned = Plan(on_hub, other, safety_checker, target, tuple(files), missing, unsure)
         _check_space(planned)
     except OSError as error:
         if isinstance(error, (OutputFailed, WeightsError)):
@@ -240,8 +261,10 @@ def _placed(repo: str, commit: str, name: str, size: int, checksum: str, root: P
         partial = place.with_name(f"{checksum}.incomplete")
         lock = storage.parent / ".locks" / storage.name / f"{checksum}.lock"
     else:
-        # SRPO's one file is the transformer of FLUX.1 [dev]'s folders.
+        # SRPO's one file is the transformer of FLUX.1 [dev]'s folders; variants lie beside those.
         local = f"transformer/{name}" if name == SRPO_FILE else name
+        if any((repo, name) == (one.repo, one.file) for one in VARIANTS.values()):
+            local = PurePosixPath(name).name
         place = root / local
         partial = root / NOTES / f"{local}.{checksum}.incomplete"
         lock = root / NOTES / f"{local}.lock"
@@ -314,10 +337,14 @@ def _check_space(planned: Plan) -> None:
 
 def _finish(planned: Plan, token: str | None) -> Path:
     """Have the hub's client enter the files into its cache, and see that a model is complete."""
+    variant = planned.variant
     if planned.folder:
+        place = planned.folder
+        if variant:
+            place /= PurePosixPath(variant.file).name
         if planned.on_hub:
-            loading.check_layout(weights.find(planned.folder))
-        return planned.folder
+            loading.check_layout(weights.find(place))
+        return place
     for file in planned.missing:  # a damaged one under this name would stay
         if _named_in_cache(file).exists() and not _is_whole(file, _named_in_cache(file)):
             _named_in_cache(file).unlink()
@@ -328,7 +355,14 @@ def _finish(planned: Plan, token: str | None) -> Path:
                 SAFETY_CHECKER_REPO, SAFETY_CHECKER_FILES, token=token, local_files_only=False
             )
         if planned.on_hub:
-            checkpoint = weights.find_on_hub(*planned.on_hub, token=token)
-            loading.check_layout(checkpoint)
+            apart = ("transformer",) if variant else ()
+            checkpoint = weights.find_on_hub(*planned.on_hub, apart, token=token)
             folder = checkpoint.folder
+            if variant:
+                own = weights.snapshot(
+                    variant.repo, [variant.file], token=token, local_files_only=False
+                )
+                folder = own / variant.file
+                checkpoint = replace(checkpoint, transformer_file=folder)
+            loading.check_layout(checkpoint)
     return folder

@@ -16,9 +16,10 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from krea_local.errors import (
     InvalidRequest,
@@ -52,10 +53,42 @@ class Family:
     base_repo: str | None = None
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A transformer in fewer bits: one file, in a repository of its own.
+
+    Attributes:
+        repo: that repository.
+        file: in it.
+    """
+
+    repo: str
+    file: str
+
+
+def _gguf(kind: str) -> Variant:
+    return Variant("QuantStack/FLUX.1-Krea-dev-GGUF", f"flux1-krea-dev-{kind}.gguf")
+
+
 KREA = Family("FLUX.1 Krea [dev]", "black-forest-labs/FLUX.1-Krea-dev", 4.5, "krea")
 DEV = Family("FLUX.1 [dev]", "black-forest-labs/FLUX.1-dev", 3.5, "dev")
 SRPO = Family("FLUX.1 SRPO [dev]", "tencent/SRPO", 4.5, "srpo", base_repo=DEV.repo)
 FAMILIES = (KREA, DEV, SRPO)
+
+FULL = "bf16"
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {
+        "fp8": Variant(
+            "Comfy-Org/FLUX.1-Krea-dev_ComfyUI",
+            "split_files/diffusion_models/flux1-krea-dev_fp8_scaled.safetensors",
+        ),
+        "gguf-q8": _gguf("Q8_0"),
+        "gguf-q6": _gguf("Q6_K"),
+        "gguf-q5": _gguf("Q5_K_M"),
+        "gguf-q4": _gguf("Q4_K_M"),
+    }
+)
+"""FLUX.1 Krea [dev]'s transformer as others have repackaged it; `weights.md` tells who."""
 
 SAFETY_CHECKER_REPO = "Falconsai/nsfw_image_detection"
 SAFETY_CHECKER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
@@ -188,11 +221,31 @@ def find_repo(model: str) -> tuple[Family, str] | None:
     return family or _guess_family(repo), repo
 
 
-def needed(family: Family, repo: str, apart: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
+def find_variant(family: Family, repo: str, name: str) -> Variant | None:
+    """What `name` stands for; None for the model's own weights.
+
+    Raises:
+        InvalidRequest: nothing, or for another model.
+    """
+    if name == FULL:
+        return None
+    if name not in VARIANTS:
+        known = ", ".join(map(repr, (FULL, *VARIANTS)))
+        raise InvalidRequest(f"variant={name!r}: should be one of {known}")
+    if (family, repo) != (KREA, KREA.repo):
+        raise InvalidRequest(f"variant={name!r}: is known of {KREA.name} alone, not of {repo}")
+    return VARIANTS[name]
+
+
+def needed(
+    family: Family, repo: str, apart: tuple[str, ...] = (), variant: Variant | None = None
+) -> list[tuple[str, list[str]]]:
     """What a model takes of the hub: repositories, each with the patterns of the files' names.
 
     Of the components `apart`, and of a base's 24 GB transformer, only the configuration.
     """
+    if variant is not None:
+        return [(variant.repo, [variant.file]), *needed(family, repo, ("transformer", *apart))]
 
     def patterns(*apart: str) -> list[str]:
         spared = {f"{name}/*": f"{name}/config.json" for name in apart}
@@ -325,7 +378,7 @@ def find_on_hub(
     token: str | None,
     local_files_only: bool = False,
 ) -> Checkpoint:
-    """The checkpoint of a hub id, without the weights of what is `apart`; raises as `find`."""
+    """The checkpoint of a hub id, without the weights of those `apart`; raises as `find`."""
     *own, folder = [
         snapshot(repository, patterns, token=token, local_files_only=local_files_only)
         for repository, patterns in needed(family, repo, apart)

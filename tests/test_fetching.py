@@ -166,6 +166,45 @@ def test_what_the_cache_holds_is_copied_to_a_folder_if_it_is_right(hub: Hub, sou
 
 
 @pytest.mark.parametrize("folder", [None, "folder"])
+@pytest.mark.parametrize("name", ["fp8", "gguf-q8"])
+def test_a_variant_is_one_file_and_the_rest_of_the_model(
+    folder: str | None, name: str, hub: Hub, source: Path, tmp_path: Path
+) -> None:
+    variant = weights.VARIANTS[name]
+    repackaged = tmp_path / "repackaged"
+    (repackaged / variant.file).parent.mkdir(parents=True)
+    content = (source / LARGE).read_bytes()
+    (repackaged / variant.file).write_bytes(content)
+    (repackaged / "other.gguf").write_bytes(b"a kind that nobody asked for")
+    hub.repos = {**hub.repos, variant.repo: repackaged}
+    file = krea_local.download("krea", variant=name, folder=folder, progress=False)
+    assert file.read_bytes() == content
+    assert f"{variant.repo}/{variant.file}" in hub.fetched
+    assert f"{variant.repo}/other.gguf" not in hub.fetched
+    assert f"{KREA.repo}/{LARGE}" not in hub.fetched
+    assert f"{KREA.repo}/transformer/config.json" in hub.fetched
+    checkpoint = weights.find(file, fetch=False)
+    assert checkpoint.transformer_file == file
+    loading.check_layout(checkpoint)
+    assert checkpoint.family == KREA
+    if folder:
+        assert file.parent == tmp_path / folder
+    hub.fetched.clear()
+    assert krea_local.download("krea", variant=name, folder=folder, progress=False) == file
+    assert hub.fetched == []
+
+
+def test_a_variant_that_is_not_known_is_refused(hub: Hub) -> None:
+    with pytest.raises(InvalidRequest, match=r"variant='fp4': should be one of 'bf16', 'fp8', 'gg"):
+        krea_local.download("krea", variant="fp4")
+    with pytest.raises(InvalidRequest, match=r"'fp8': is known of FLUX.1 Krea \[dev\] alone"):
+        krea_local.download("dev", variant="fp8")
+    with pytest.raises(InvalidRequest, match="the safety checker has none"):
+        krea_local.download(SAFETY_CHECKER_REPO, variant="fp8")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("folder", [None, "folder"])
 def test_an_empty_file_is_a_file(
     hub: Hub, source: Path, tmp_path: Path, folder: str | None
 ) -> None:
