@@ -177,7 +177,7 @@ def work(job: Job) -> dict[str, Any]:
         common = {
             "device": device_name(device),
             "dtype": str(choose_dtype(job.dtype, device)).removeprefix("torch."),
-            "h2d_gb_per_second": ceilings.host_to_device_rate(device),
+            "h2d_gb_per_second": ceilings.host_to_device_rate(device, scale=8),
         }
         return common | (ours if job.engine.startswith("krea_local:") else theirs)(job, device)
     except Exception as error:  # a finding, not the end
@@ -225,9 +225,9 @@ def ours(job: Job, device: torch.device) -> dict[str, Any]:
 def _load(job: Job, device: torch.device, level: Acceleration, host: HostPeak) -> Krea:
     """Within the limit; random weights, which are made on the device, only settle within it."""
     is_random = job.model == "random-12b"
+    settle(device)
     if not is_random:
         limit_memory(device, job.budget_gb)
-    reset_peak(device)
     memory = memory_of(job, device)
     krea = krea_of(
         job.model, str(device), job.dtype, "none", job.batch, acceleration=level, memory=memory
@@ -259,7 +259,7 @@ def limit_memory(device: torch.device, budget_gb: float | None) -> None:
 
 
 def settle(device: torch.device) -> None:
-    """Give back what making the model took."""
+    """Give back what was needed before, and begin to look for the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
