@@ -176,7 +176,7 @@ class Plan:
         """The same budget for a transformer whose blocks have other sizes, such as in 8 bits."""
         sizes = replace(self.sizes, blocks=tuple(blocks))
         same = replace(self, sizes=sizes)
-        if self.offload != "blocks" or self.budget is None:
+        if self.offload != "blocks" or self.budget is None or self.strips:
             return same
         fitting = [plan for plan in _with_blocks(same) if plan.peak <= self.budget]
         return fitting[0] if fitting else replace(same, resident=0)

@@ -157,7 +157,7 @@ def test_the_floor_is_computing_or_copying_whichever_is_longer() -> None:
 
 def test_a_process_of_its_own_prints_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     job = memory.jobs_of(memory_options("--peers"))[0]
-    figures = memory.in_a_process(Job(**{**vars(job), "model": "nowhere"}), 300)
+    figures = memory.in_a_process(Job(**{**vars(job), "model": "nowhere"}), 900)
     assert figures["failed"].startswith("WeightsNotFound: no model 'nowhere'")
     slow = [sys.executable, "-c", "import time; time.sleep(60)"]
     assert memory.outcome(slow, 0.1) == {"failed": "took longer than 0.1 s"}

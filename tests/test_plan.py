@@ -203,6 +203,7 @@ def test_load_makes_a_plan_and_the_picture_is_the_same(
         made = krea_local.load(tiny_folder, device="cpu", memory=memory, progress=False)
         assert made.plan is not None
         assert made.plan.peak <= plan.peak
+        assert made.plan.strips == plan.strips
         seen.add((made.plan.offload, made.plan.resident))
         drawn = draw(made).images[0].tobytes()
         # Strips round otherwise: by one of 255 levels at most.
