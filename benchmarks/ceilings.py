@@ -41,6 +41,7 @@ COPIED_BYTES = 2**29  # about one double block; PyTorch pins powers of two
 WEIGHTS = 4  # taken in turn: one alone would stay in the L2 cache
 STRETCHES = 5
 FLOAT8_MAX = 448.0  # of e4m3
+NO_GPU = "a copy to the GPU needs a GPU"
 
 
 def gemm_rates(
@@ -116,12 +117,12 @@ def copy_rates(device: torch.device, *, scale: int = 1) -> dict[str, Figure]:
             *("h2d_one_stream", "h2d_two_streams"),
             *("h2d_while_gemm", "gemm_while_h2d", "gemm_alone"),
         )
-        return rates | dict.fromkeys(figures, "a copy to the GPU needs a GPU")
+        return rates | dict.fromkeys(figures, NO_GPU)
     host = [tensor.cpu().pin_memory() for tensor in source]
     copy = partial(target[0].copy_, host[0], non_blocking=True)
     product = _bf16_linear(TOKENS, 12288, 3072, device)
     flop = 2 * TOKENS * 12288 * 3072 / 1e12
-    rates["h2d_one_stream"] = _rate(lambda: copy, gb, device, seconds=0.5)
+    rates["h2d_one_stream"] = host_to_device_rate(device, scale=scale)
     rates["h2d_two_streams"] = _rate(
         lambda: _two_streams(target, host, device), 2 * gb, device, seconds=0.5
     )
@@ -129,6 +130,19 @@ def copy_rates(device: torch.device, *, scale: int = 1) -> dict[str, Figure]:
     rates["gemm_while_h2d"] = _rate_beside(product, copy, flop, device)
     rates["gemm_alone"] = _rate(lambda: product, flop, device, seconds=0.5)
     return rates
+
+
+def host_to_device_rate(device: torch.device, *, scale: int = 1) -> Figure:
+    """GB/s (1e9 bytes) from pinned host memory to the GPU, on one stream with nothing beside it."""
+    if device.type != "cuda":
+        return NO_GPU
+    count = COPIED_BYTES // scale // 2  # of bf16
+
+    def prepare() -> Call:
+        target = _normal((count,), device)
+        return partial(target.copy_, target.cpu().pin_memory(), non_blocking=True)
+
+    return _rate(prepare, 2 * count / 1e9, device, seconds=0.5)
 
 
 def _bf16_linear(m: int, n: int, k: int, device: torch.device) -> Call:

@@ -17,10 +17,8 @@ import dataclasses
 import gc
 import itertools
 import json
-import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,24 +28,33 @@ import torch
 from torch import Tensor
 
 from benchmarks import ceilings
-from benchmarks.latency import device_name, parse_size, peak_gib, positive, reset_peak
-from benchmarks.peers import PEERS, Draw
+from benchmarks.latency import device_name, parse_size, positive
+from benchmarks.peers import PEERS
 from benchmarks.random_model import as_diffusers, krea_of
+from benchmarks.timing import (
+    HALF,
+    Calls,
+    Timed,
+    described,
+    krea_draw,
+    measure,
+    peer_draw,
+    prepare,
+    reason_of,
+    timed,
+)
 from krea_local import vae
 from krea_local.engine import Engine
 from krea_local.errors import InvalidRequest, KreaError
 from krea_local.info import versions
-from krea_local.pipeline import Krea
 from krea_local.sampling import latent_ids
-from krea_local.schema import Acceleration, Txt2ImgRequest
-from krea_local.skipping import Skipping
+from krea_local.schema import Acceleration
 from krea_local.speed import LEVELS, Place, Settings, settings_of
-from krea_local.transformer import Config, Execution, FluxTransformer
+from krea_local.transformer import Config, FluxTransformer
 
 SIZES = ("512x512", "1024x768", "1024x1024", "1280x1280", "2048x2048")
 UNSEEN = ("512x512", "768x1344", "1280x1280")  # right after the first pictures of the main size
 TEXT_TOKENS = 512
-HALF = Skipping(computed=0.5)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,7 +126,7 @@ class Run:
         start = time.perf_counter()
         batch = min(4, max(options.batches))
         self.krea = krea_of(options.model, options.device, options.dtype, "none", batch)
-        self.load_seconds = time.perf_counter() - start
+        load_seconds = time.perf_counter() - start
         self.device = self.krea.device
         transformer = self.krea.models.transformer
         assert isinstance(transformer, FluxTransformer)
@@ -129,19 +136,15 @@ class Run:
         self.main_size = parse_size(options.main_size)
         self.common = {
             "model": self.krea.label,
-            "device": device_name(self.krea),
+            "device": device_name(self.device),
             "dtype": str(self.krea.dtype).removeprefix("torch."),
             "offload": "none",
             "steps": options.steps,
+            "load_seconds": load_seconds,
             "versions": versions(),
             "date": time.strftime("%Y-%m-%d"),
         }
-        self.prompts = 0
-
-    def new_prompt(self) -> str:
-        """Another one each time: the cache of prompts would hide the text encoders."""
-        self.prompts += 1
-        return f"a red fox in fresh snow, number {self.prompts}"
+        self.calls = Calls(self.device, options.steps, options.runs)
 
     def wanted(self, engine: str) -> bool:
         """Whether `engine` is to be measured."""
@@ -166,12 +169,6 @@ class Run:
         finally:
             vae.prepare(models.vae, self.device)
             gc.collect()
-
-    def level(self, acceleration: Acceleration) -> None:
-        """Make a level ready, with its steps skipped by a pattern."""
-        settings = self.krea.prepare(acceleration)
-        if settings.skipping is not None:
-            self.krea.engine.settings[acceleration] = dataclasses.replace(settings, skipping=HALF)
 
 
 def exactness(run: Run) -> None:
@@ -267,13 +264,13 @@ def ours(run: Run) -> None:
         if not run.wanted(engine):
             continue
         start = time.perf_counter()
-        run.level(level)
+        prepare(run.krea, level)
         prepare_seconds = time.perf_counter() - start
         draw = krea_draw(run.krea, level)
         # The main size first: its first image is the one that a newcomer waits for.
         sizes = sorted(map(parse_size, run.options.sizes), key=lambda size: size != run.main_size)
         for batch, size in itertools.product(run.options.batches, sizes):
-            figures = measure(run, draw, size, batch)
+            figures = measure(draw, run.calls, size, batch)
             run.write(
                 "latency",
                 engine=engine,
@@ -290,7 +287,7 @@ def ours(run: Run) -> None:
 def new_sizes(run: Run, draw: Timed, engine: str) -> None:
     """Sizes in a row that the engine has not seen: their first picture against their second."""
     for size in map(parse_size, UNSEEN if run.krea.label == "random-12b" else ["96x64"]):
-        first, second = (timed(draw, run, size, 1, seed)[0] for seed in range(2))
+        first, second = (timed(draw, run.calls, size, 1, seed)[0] for seed in range(2))
         run.write(
             "new_size",
             engine=engine,
@@ -312,7 +309,7 @@ def waterfall(run: Run) -> None:
             if settings.skipping is not None:
                 settings = dataclasses.replace(settings, skipping=HALF)
             krea.engine.settings["none"] = settings
-            figures = measure(run, krea_draw(krea, "none"), run.main_size, 1)
+            figures = measure(krea_draw(krea, "none"), run.calls, run.main_size, 1)
             run.write(
                 "waterfall",
                 engine="krea_local",
@@ -343,7 +340,7 @@ def peers(run: Run) -> None:
                         compiles = "compile" in peer.engine or "flux-fast" in peer.engine
                         batches = (1,) if compiles else run.options.batches
                         for batch in batches:
-                            figures = measure(run, peer_draw(draw), run.main_size, batch)
+                            figures = measure(peer_draw(draw), run.calls, run.main_size, batch)
                             run.write(
                                 "latency", engine=peer.engine, lossless=peer.lossless, **figures
                             )
@@ -361,88 +358,6 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "waterfall": waterfall,
     "peers": peers,
 }
-
-Timed = Callable[[Run, tuple[int, int], int, int], dict[str, float]]
-"""(run, (width, height), batch, seed) → seconds of each stage known, after drawing."""
-
-
-def krea_draw(krea: Krea, level: Acceleration) -> Timed:
-    """Our pipeline as something to be timed."""
-
-    def draw(run: Run, size: tuple[int, int], batch: int, seed: int) -> dict[str, float]:
-        krea.batch_size = batch
-        request = Txt2ImgRequest.parse(
-            {
-                "prompt": run.new_prompt(),
-                "image_size": {"width": size[0], "height": size[1]},
-                "num_inference_steps": run.options.steps,
-                "num_images": batch,
-                "seed": seed,
-                "enable_safety_checker": False,
-                "acceleration": level,
-            }
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a level cannot do here is kept in "notices"
-            result = krea.run(request)
-        assert result.images[0].size == size
-        return dict(result.timings)
-
-    return draw
-
-
-def peer_draw(drawn: Draw) -> Timed:
-    """Another's pipeline as something to be timed."""
-
-    def draw(run: Run, size: tuple[int, int], batch: int, seed: int) -> dict[str, float]:
-        images = drawn(
-            run.new_prompt(),
-            width=size[0],
-            height=size[1],
-            steps=run.options.steps,
-            seed=seed,
-            guidance_scale=4.5,
-            num_images=batch,
-        )
-        assert [image.size for image in images] == [size] * batch
-        return {}
-
-    return draw
-
-
-def timed(
-    draw: Timed, run: Run, size: tuple[int, int], batch: int, seed: int
-) -> tuple[float, dict[str, float]]:
-    """Seconds of one call, from prompt to pictures, and of its stages."""
-    start = time.perf_counter()
-    stages = draw(run, size, batch, seed)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
-    return time.perf_counter() - start, stages
-
-
-def measure(run: Run, draw: Timed, size: tuple[int, int], batch: int) -> dict[str, Any]:
-    """First call, then `runs` more; seconds are their median."""
-    reset_peak(run.krea)
-    first, _ = timed(draw, run, size, batch, seed=0)
-    second, _ = timed(draw, run, size, batch, seed=1)  # some engines finish compiling here
-    calls = [timed(draw, run, size, batch, seed=2 + i) for i in range(run.options.runs)]
-    seconds = [call for call, _ in calls]
-    return {
-        "width": size[0],
-        "height": size[1],
-        "batch": batch,
-        "runs": len(calls),
-        "seconds": statistics.median(seconds),
-        "seconds_all": seconds,
-        "stages": {
-            name: statistics.median(stages[name] for _, stages in calls) for name in calls[0][1]
-        },
-        "first_image_seconds": first,
-        "second_image_seconds": second,
-        "load_seconds": run.load_seconds,
-        "peak_gib": peak_gib(run.krea),
-    }
 
 
 def forward_tflop(config: Config, image_tokens: int) -> tuple[float, float]:
@@ -498,23 +413,6 @@ def roofline_share(config: Config, line: dict[str, Any], ceilings: dict[str, Any
         return None
     floor = line["linears_tflop"] * seconds_a_tflop / total + line["attention_tflop"] / best
     return float(floor / line["stages"]["denoise"])
-
-
-def reason_of(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def described(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON."""
-    execution: Execution = settings.execution
-    return {
-        "kernels": execution.kernels.name,
-        "attention": execution.attention.name,
-        "gelu_epilogue": execution.gelu_epilogue,
-        "float8": settings.float8,
-        "skipping": settings.skipping and dataclasses.asdict(settings.skipping),
-    }
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -252,7 +252,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     shots = [shot for row in rows for shot in row.shots]
     return {
         "model": krea.label,
-        "device": device_name(krea),
+        "device": device_name(krea.device),
         "dtype": str(krea.dtype).removeprefix("torch."),
         "offload": krea.offload,
         "width": shots[0].size[0],  # as drawn, which rounding may have changed

@@ -21,7 +21,6 @@ from benchmarks.random_model import krea_of
 from krea_local.errors import InvalidRequest, KreaError
 from krea_local.info import versions
 from krea_local.loading import EngineName
-from krea_local.pipeline import Krea
 from krea_local.schema import PRESETS, Acceleration
 
 HOSTED_DOLLARS_PER_MEGAPIXEL = 0.025  # billed by rounding up to the nearest megapixel
@@ -85,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         acceleration=options.acceleration,
     )
     load_seconds = time.perf_counter() - start
-    reset_peak(krea)
+    reset_peak(krea.device)
     calls = []
     for run in range(options.runs + 1):
         start = time.perf_counter()
@@ -106,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             else "krea_local:diffusers-transformer"
         ),
         "model": krea.label,
-        "device": device_name(krea),
+        "device": device_name(krea.device),
         "dtype": str(krea.dtype).removeprefix("torch."),
         "offload": krea.offload,
         "width": result.images[0].width,  # as drawn, which rounding may have changed
@@ -121,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
         "first_image_seconds": calls[0][0],
         "load_seconds": load_seconds,
-        "peak_gib": peak_gib(krea),
+        "peak_gib": peak_gib(krea.device),
         "versions": versions(),
     }
 
@@ -173,23 +172,23 @@ def positive(text: str) -> int:
     return number
 
 
-def device_name(krea: Krea) -> str:
+def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
-    if krea.device.type == "cuda":
-        return torch.cuda.get_device_name(krea.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return "cpu"
 
 
-def reset_peak(krea: Krea) -> None:
+def reset_peak(device: torch.device) -> None:
     """Begin to look for the peak of the device's memory."""
-    if krea.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(krea.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_gib(krea: Krea) -> float:
+def peak_gib(device: torch.device) -> float:
     """Peak memory of the device; on the CPU, of the process."""
-    if krea.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(krea.device) / GIB
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

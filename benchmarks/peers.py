@@ -14,6 +14,7 @@ Sources, as cited by each peer:
 - devlog: docs.pytorch.org/devlogs/inductor/2026-05-11-torch-compile-and-diffusers
 - attention: huggingface.co/docs/diffusers/optimization/attention_backends
 - flux-fast: github.com/huggingface/flux-fast, README.md and utils/pipeline_utils.py
+- offload: huggingface.co/docs/diffusers/optimization/memory
 - cache-dit: github.com/vipshop/cache-dit, 1.5.3
 - sglang: github.com/sgl-project/sglang/pull/19673, figures of an H200
 """
@@ -205,7 +206,42 @@ def cache_dit_half(pipe: FluxPipeline, undo: ExitStack) -> BeforeDraw:
     return for_steps
 
 
+def model_offload(pipe: FluxPipeline, undo: ExitStack) -> None:
+    """Encoders, transformer and VAE take turns."""
+    pipe.enable_model_cpu_offload(device=_device())
+
+
+def sequential_offload(pipe: FluxPipeline, undo: ExitStack) -> None:
+    """Every layer comes when it is called."""
+    pipe.enable_sequential_cpu_offload(device=_device())
+
+
+def group_offload(pipe: FluxPipeline, undo: ExitStack, **groups: Any) -> None:
+    """Groups of layers come while others work, from host memory that is locked beforehand."""
+    device = _device()
+    streams = device.type == "cuda"
+    pipe.enable_group_offload(
+        device, use_stream=streams, record_stream=streams, non_blocking=streams, **groups
+    )
+
+
+def group_offload_blocks(pipe: FluxPipeline, undo: ExitStack) -> None:
+    """Block by block. T5 keeps its blocks further inside than diffusers looks, and comes whole."""
+    group_offload(pipe, undo, offload_type="block_level", num_blocks_per_group=1)
+
+
+def group_offload_leaves(pipe: FluxPipeline, undo: ExitStack) -> None:
+    """Layer by layer."""
+    group_offload(pipe, undo, offload_type="leaf_level")
+
+
 # What they share.
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _set_attention(pipe: FluxPipeline, backend: str, undo: ExitStack) -> None:
@@ -321,7 +357,8 @@ def _pipeline(models: Models) -> FluxPipeline:
 def _build(steps: tuple[Step, ...], models: Models) -> Iterator[Draw]:
     pipe = _pipeline(models)
     try:
-        with _restored(models.transformer, models.vae), ExitStack() as undo:
+        changed = (models.transformer, models.vae, models.text_encoder, models.text_encoder_2)
+        with _restored(*changed), ExitStack() as undo:
             before = [prepare for step in steps if (prepare := step(pipe, undo))]
             yield partial(_draw, pipe, before)
     finally:
@@ -402,6 +439,10 @@ _NEEDS: dict[Step, tuple[Needs, ...]] = {
     flux_fast: (_gpu("float8", (8, 9)), _package("torchao.quantization")),
     cache_dit: (_package("cache_dit"),),
     cache_dit_half: (_package("cache_dit"),),
+    model_offload: (),
+    sequential_offload: (_gpu("sequential offload", (0, 0)),),
+    group_offload_blocks: (),
+    group_offload_leaves: (),
 }
 _LOSSY = {flux_fast, fa3_float8, cache_dit, cache_dit_half}
 
@@ -459,5 +500,21 @@ PEERS: tuple[Peer, ...] = (
         "flux-fast-blocks+cudnn+cache-dit-half",
         "float8 and half of the steps [flux-fast --enable_cache_dit], with a fixed mask and cuDNN",
         (flux_fast, cudnn, cache_dit_half, max_autotune_blocks),
+    ),
+)
+
+# The weights come to them in host memory.
+OFFLOADING: tuple[Peer, ...] = (
+    _peer("model-offload", "enable_model_cpu_offload() [offload]", (model_offload,)),
+    _peer("sequential-offload", "enable_sequential_cpu_offload() [offload]", (sequential_offload,)),
+    _peer(
+        "group-offload-blocks",
+        "enable_group_offload: block_level, streams, record_stream [offload]",
+        (group_offload_blocks,),
+    ),
+    _peer(
+        "group-offload-leaves",
+        "enable_group_offload: leaf_level, streams, record_stream [offload]",
+        (group_offload_leaves,),
     ),
 )

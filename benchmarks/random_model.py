@@ -13,10 +13,11 @@ import torch
 
 import krea_local
 from krea_local import weights
-from krea_local.api import choose_device, choose_dtype
+from krea_local.api import choose_device, choose_dtype, choose_plan
 from krea_local.loading import EngineName, Models, load_tokenizer
 from krea_local.memory import check_offload, pin
 from krea_local.pipeline import Krea
+from krea_local.plan import FLUX1
 from krea_local.safety import SafetyChecker
 from krea_local.sampling import Shift
 from krea_local.schema import Acceleration
@@ -168,27 +169,39 @@ def krea_of(
     *,
     engine: EngineName = "native",
     acceleration: Acceleration = "none",
+    memory: str | None = None,
 ) -> Krea:
-    """A Krea for a benchmark: "random-12b", or anything that `krea_local.load` takes."""
+    """A Krea for a benchmark: "random-12b", or anything that `krea_local.load` takes.
+
+    With `memory`, which is `load`'s, `offload` is not asked.
+    """
     if model != "random-12b":
         return krea_local.load(
             model,
             device=device,
             dtype=dtype,
-            offload=offload,
+            offload=offload if memory is None else None,
+            memory=memory,
             batch_size=batch_size,
             engine=engine,
             acceleration=acceleration,
             progress=False,
         )
     place = choose_device(device)
+    number = choose_dtype(dtype, place)
+    plan = None
+    if memory is not None:
+        assert number == torch.bfloat16, "FLUX1's sizes are those in bfloat16"
+        plan = choose_plan(FLUX1, memory, place, number, batch_size, acceleration)
+        offload = plan.offload
     checker = weights.find("tiny").folder / "safety_checker"
     krea = Krea(
-        random_models(place, choose_dtype(dtype, place), engine=engine, offload=offload),
+        random_models(place, number, engine=engine, offload=offload),
         device=place,
         label="random-12b",
         guidance_scale=4.5,
         offload=check_offload(offload),
+        plan=plan,
         acceleration=acceleration,
         load_safety_checker=lambda: SafetyChecker(checker, device=place),
         batch_size=batch_size,

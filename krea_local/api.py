@@ -37,10 +37,9 @@ if TYPE_CHECKING:
     from krea_local.cluster import Ulysses
     from krea_local.loading import EngineName
     from krea_local.pipeline import Krea
-    from krea_local.plan import Plan
+    from krea_local.plan import Plan, Sizes
     from krea_local.progress import OnStep
     from krea_local.result import Result
-    from krea_local.weights import Checkpoint
 
 
 def load(
@@ -200,7 +199,8 @@ def _load(
         memory = "auto"
     plan = None
     if memory not in (None, "none"):
-        plan = choose_plan(checkpoint, memory, device, dtype, batch_size, level)
+        sizes = loading.sizes(checkpoint, dtype)
+        plan = choose_plan(sizes, memory, device, dtype, batch_size, level)
         offload = plan.offload
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
     cpu = torch.device("cpu")
@@ -355,7 +355,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_plan(
-    checkpoint: Checkpoint,
+    sizes: Sizes,
     memory: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -370,7 +370,7 @@ def choose_plan(
     """
     import torch
 
-    from krea_local import loading, plan
+    from krea_local import plan
     from krea_local.memory import available_host_memory
     from krea_local.speed import has_float8
 
@@ -385,7 +385,6 @@ def choose_plan(
     if budget is None:
         raise InvalidRequest("memory='auto': is for a GPU; on the CPU give an amount, or nothing")
     float8 = level != "none" and dtype == torch.bfloat16 and has_float8(device)
-    sizes = loading.sizes(checkpoint, dtype)
     chosen = plan.choose(sizes, budget, batch=batch_size, float8=float8)
     available = available_host_memory()
     if chosen.offload == "blocks" and available is not None and available < sizes.everything:

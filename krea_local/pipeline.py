@@ -347,7 +347,7 @@ class Krea:
         model = self.models.vae
         with self._resident(model):
             pixels = image_to_pixels(image).to(self.device, self.dtype)
-            encoded = model.encode(pixels).latent_dist.mode()
+            encoded = vae.encode(model, pixels)
         latent_map: Tensor = (encoded - model.config["shift_factor"]) * model.config[
             "scaling_factor"
         ]
@@ -362,7 +362,8 @@ class Krea:
         )
         latent_map = latent_map / model.config["scaling_factor"] + model.config["shift_factor"]
         with self._resident(model):
-            return vae.decode(model, latent_map)
+            strips = self.plan is not None and self.plan.strips
+            return vae.decode(model, latent_map, in_strips=strips)
 
     @torch.inference_mode()
     def latents(

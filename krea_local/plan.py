@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from krea_local.errors import InvalidRequest, OutOfMemory
+from krea_local.schema import MAX_INPUT_PIXELS
 
 if TYPE_CHECKING:
     from krea_local.memory import Offload
@@ -23,9 +24,14 @@ RESERVE = GIB // 4
 MATRICES = 17.5
 TEXT_TOKENS = 512
 PIXELS_A_TOKEN = 256
-DECODING = 1536  # bytes a pixel, up to where the decoder works in strips
-STRIPS_ABOVE, STRIPS = 2 * 2**20, 5 * GIB // 4
-TABLES = 80 * 10**6  # modulation of all steps and blocks; as DECODING and STRIPS, in bfloat16
+# The VAE's largest maps are of the picture's size. Bytes a pixel; as those below, in bfloat16:
+ENCODING = 2 * 3 * 128  # three maps of 128 channels, as `vae.encode` holds them
+DECODING = 2 * 3 * 256  # three of 256, up to where the decoder works in strips
+KEPT = 2 * 128  # one of 128, which strips have to keep
+STRIPS_ABOVE = 2 * 2**20  # pixels; more is kept there than has to be, since that spares arithmetic
+KEPT_ABOVE = GIB
+STRIPS = 4 * 2**26  # as many live at a time
+TABLES = 80 * 10**6  # modulation of all steps and blocks
 PLACES = 3  # of streamed blocks
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
@@ -98,6 +104,7 @@ class Plan:
         batch: images that are denoised together.
         float8: whether the blocks are also needed in 8 bits.
         adapters: bytes of LoRAs, which stay there.
+        strips: whether pictures of any size are decoded in strips, which rounds otherwise.
     """
 
     sizes: Sizes
@@ -108,14 +115,15 @@ class Plan:
     batch: int = 1
     float8: bool = False
     adapters: int = 0
+    strips: bool = False
 
     @property
     def streamed(self) -> int:
         """Bytes that cross the bus at every step."""
         if self.offload != "blocks":
             return 0
-        count = len(self.sizes.blocks)
-        return sum(self.sizes.blocks[i] for i in spread(count, count - self.resident))
+        blocks = self.sizes.blocks
+        return sum(blocks[i] for i in visitors(len(blocks), self.resident))
 
     @property
     def stages(self) -> dict[str, int]:
@@ -123,16 +131,20 @@ class Plan:
         sizes = self.sizes
         rows = self.batch * (TEXT_TOKENS + self.pixels // PIXELS_A_TOKEN)
         denoising = int(MATRICES * rows * sizes.row) + TABLES * sizes.itemsize // 2
-        whole = self.pixels <= STRIPS_ABOVE
-        decoding = DECODING * self.pixels if whole else STRIPS * self.pixels // (4 * 2**20)
-        decoding = decoding * sizes.itemsize // 2
+        encoding = ENCODING * min(self.pixels, MAX_INPUT_PIXELS) * sizes.itemsize // 2
+        decoding = self._decoding * sizes.itemsize // 2
         if self.offload in ("none", "modulation"):
             kept = sum(sizes.blocks) + sizes.outside + sizes.t5 + sizes.text_encoder
             kept += sizes.vae + sizes.safety_checker + RESERVE + self.adapters
             kept += sizes.modulation if self.offload == "none" else 0
             # Where blocks visit the GPU, those in 8 bits come instead of the others.
             kept += sum(sizes.blocks) // 2 if self.float8 else 0
-            return {"text": kept, "denoise": kept + denoising, "decode": kept + decoding}
+            return {
+                "text": kept,
+                "encode": kept + encoding,
+                "denoise": kept + denoising,
+                "decode": kept + decoding,
+            }
         kept = sizes.safety_checker + RESERVE + self.adapters
         places = 0
         if self.offload == "blocks":
@@ -144,9 +156,18 @@ class Plan:
             places, text = sum(sizes.blocks), sizes.t5
         return {
             "text": kept + text + sizes.text_encoder,
+            "encode": kept + sizes.vae + encoding,
             "denoise": kept + sizes.outside + places + denoising,
             "decode": kept + sizes.vae + decoding,
         }
+
+    @property
+    def _decoding(self) -> int:
+        if self.strips:
+            return KEPT * self.pixels + STRIPS
+        if self.pixels > STRIPS_ABOVE:
+            return max(KEPT * self.pixels, KEPT_ABOVE) + STRIPS
+        return DECODING * self.pixels
 
     @property
     def peak(self) -> int:
@@ -157,7 +178,7 @@ class Plan:
         """The same budget for a transformer whose blocks have other sizes, such as in 8 bits."""
         sizes = replace(self.sizes, blocks=tuple(blocks))
         same = replace(self, sizes=sizes)
-        if self.offload != "blocks" or self.budget is None:
+        if self.offload != "blocks" or self.budget is None or self.strips:
             return same
         fitting = [plan for plan in _with_blocks(same) if plan.peak <= self.budget]
         return fitting[0] if fitting else replace(same, resident=0)
@@ -167,7 +188,7 @@ class Plan:
         plans = list(options(self))
         place = plans.index(self)
         step = max(len(self.sizes.blocks) // 8, 1) if self.offload == "blocks" else 1
-        later = [*plans[place + step :], *plans[-1:]]
+        later = [*plans[place + step :], *plans[-2:]]  # no block stays; strips as well
         less = [plan for plan in later if plan.peak < self.peak]
         return replace(less[0], budget=less[0].peak) if less else None
 
@@ -190,6 +211,8 @@ class Plan:
             count = len(sizes.blocks)
             said = f"{self.resident} of {count} blocks stay, the others visit it at every step"
             rows[0] = (*rows[0][:2], said if self.resident < count else kept[True])
+        if self.strips:
+            rows[4] = (*rows[4][:2], f"{rows[4][2]}, and decodes in strips")
         lines = [f"{name:17}{size / GIB:6.2f} GiB  {where}" for name, size, where in rows]
         lines += [
             f"{'peak, ' + name:17}{size / GIB:6.2f} GiB" for name, size in self.stages.items()
@@ -204,10 +227,16 @@ class Plan:
 
 
 def options(plan: Plan) -> Iterator[Plan]:
-    """Every plan for a model that is worth its memory, the fastest first."""
-    yield replace(plan, offload="none", resident=0)
-    yield replace(plan, offload="modulation", resident=0)
+    """Every plan for a model that is worth its memory, the fastest first.
+
+    Strips come last, with no block that stays: they change the rounding of pixels, and would only
+    make room for a block or two.
+    """
+    plan = replace(plan, resident=0, strips=False)
+    yield replace(plan, offload="none")
+    yield replace(plan, offload="modulation")
     yield from _with_blocks(plan)
+    yield replace(plan, offload="blocks", strips=True)
 
 
 def _with_blocks(plan: Plan) -> list[Plan]:
@@ -221,6 +250,17 @@ def _with_blocks(plan: Plan) -> list[Plan]:
 def spread(count: int, chosen: int) -> list[int]:
     """`chosen` of `count` places, as evenly as can be, so that copies never come in a row."""
     return [(2 * k + 1) * count // (2 * chosen) for k in range(chosen)]
+
+
+def visitors(count: int, resident: int) -> list[int]:
+    """Which of `count` blocks visit the GPU where so many stay.
+
+    The first one to stay is block 0: a step that is skipped takes that one alone, while the copies
+    for the next step are under way, and the next step takes it again.
+    """
+    if resident == 0:
+        return list(range(count))
+    return [1 + place for place in spread(count - 1, count - resident)]
 
 
 def choose(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from krea_local.plan import spread
+from krea_local.plan import visitors
 
 ALIGNMENT = 256  # bytes, as CUDA's own allocator gives them, so that the same kernels are chosen
 AHEAD = 2  # blocks that are copied before they are needed
@@ -156,7 +156,7 @@ class BlockStream:
         blocks: each one's modules, in the order of their use; the weights in them move to memory
             of the stream's own.
         device: where they work.
-        resident: so many of them stay on the device, spread among the others.
+        resident: so many of them stay on the device, the first one and some among the others.
         again: whether another round follows, so that its first blocks are copied in this one.
         lane: where copies run.
     """
@@ -196,7 +196,7 @@ class BlockStream:
 
     def keep(self, resident: int) -> None:
         """Have so many blocks stay on the device from the next `open` on."""
-        self.streamed = spread(len(self._blocks), len(self._blocks) - resident)
+        self.streamed = visitors(len(self._blocks), resident)
 
     def leave(self) -> None:
         """Give the memory of resident blocks back until the next `open`, unless it is open now."""

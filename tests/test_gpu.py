@@ -213,7 +213,9 @@ def test_any_number_of_blocks_may_stay(on_gpu: krea_local.Krea, tiny_folder: Pat
         made = krea_local.load(tiny_folder, memory=f"{plan.peak}B")
         assert made.plan is not None
         assert made.plan.peak <= plan.peak
-        assert made.txt2img("a fox", **arguments).images[0].tobytes() == wanted
+        drawn = made.txt2img("a fox", **arguments).images[0].tobytes()
+        # Strips round otherwise: in bfloat16 by some of 255 levels.
+        assert all(abs(a - b) <= 4 * made.plan.strips for a, b in zip(drawn, wanted, strict=True))
 
 
 def test_loras_draw_the_same_in_every_plan_and_leave_no_trace(

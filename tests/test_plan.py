@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 import krea_local
 from krea_local import InvalidRequest, KreaWarning, OutOfMemory, loading, weights
-from krea_local.plan import FLUX1, GIB, Plan, Sizes, choose, options, parse_budget, spread
+from krea_local.plan import (
+    FLUX1,
+    GIB,
+    Plan,
+    Sizes,
+    choose,
+    options,
+    parse_budget,
+    spread,
+    visitors,
+)
 
 FLOAT8 = tuple(size // 2 for size in FLUX1.blocks)
 SIZE = {"width": 64, "height": 64}
@@ -109,6 +119,43 @@ def test_spread() -> None:
     assert spread(9, 3) == [1, 4, 7]
 
 
+def test_the_first_block_stays_first_and_the_others_visit_in_even_distances() -> None:
+    for count in range(1, 30):
+        assert visitors(count, 0) == list(range(count))
+        for resident in range(1, count + 1):
+            visiting = visitors(count, resident)
+            assert len(set(visiting)) == count - resident
+            assert all(0 < place < count for place in visiting)
+            gaps = [b - a for a, b in itertools.pairwise(visiting)]
+            assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("megapixels", [0.25, 1.0, 1.5, 2.0, 4.0])
+def test_strips_are_for_budgets_that_nothing_else_meets(megapixels: float) -> None:
+    pixels = int(megapixels * 2**20)
+    *others, last = options(Plan(FLUX1, pixels=pixels))
+    assert [plan.strips for plan in (*others, last)] == [False] * len(others) + [True]
+    least = min(plan.peak for plan in others)
+    assert not choose(FLUX1, least, pixels=pixels).strips
+    if last.peak < least:  # where decoding sets the peak
+        assert megapixels > 1
+        assert choose(FLUX1, least - 1, pixels=pixels).strips
+        assert "decodes in strips" in str(last)
+    assert last.stages["decode"] <= others[-1].stages["decode"]
+    # Nothing about image-to-image needs more than text-to-image does.
+    assert all(plan.stages["encode"] < plan.peak for plan in (*others, last))
+
+
+def test_a_smaller_plan_is_not_in_strips_before_it_must_be() -> None:
+    plan: Plan | None = choose(FLUX1, 6 * GIB, pixels=2 * 2**20)
+    seen = []
+    while plan is not None:
+        seen.append((plan.resident, plan.strips))
+        plan = plan.smaller()
+    assert seen[-2:] == [(0, False), (0, True)]
+    assert all(resident for resident, _ in seen[:-2])
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("12GB", 12 * 10**9), ("11.5 GiB", int(11.5 * GIB)), (" 800mb", 8 * 10**8), ("7", 7)],
@@ -156,8 +203,11 @@ def test_load_makes_a_plan_and_the_picture_is_the_same(
         made = krea_local.load(tiny_folder, device="cpu", memory=memory, progress=False)
         assert made.plan is not None
         assert made.plan.peak <= plan.peak
+        assert made.plan.strips == plan.strips
         seen.add((made.plan.offload, made.plan.resident))
-        assert draw(made).images[0].tobytes() == whole
+        drawn = draw(made).images[0].tobytes()
+        # Strips round otherwise: by one of 255 levels at most.
+        assert all(abs(a - b) <= made.plan.strips for a, b in zip(drawn, whole, strict=True))
     assert {offload for offload, _ in seen} == {"none", "modulation", "blocks"}
     assert len(seen) > 3
 

@@ -150,6 +150,22 @@ def test_two_blocks_are_on_their_way_while_one_works() -> None:
     assert [block for _, block, _ in lane.copies] == [*range(10), 0, 1, 2]
 
 
+@pytest.mark.parametrize("resident", [1, 4])
+def test_where_blocks_stay_a_skipped_step_copies_nothing(resident: int) -> None:
+    blocks = blocks_of(10)
+    lane = Recorded()
+    stream = BlockStream([[block] for block in blocks], CPU, resident=resident, lane=lane)
+    lane.sources = {home.data_ptr(): i for i, home in enumerate(stream.homes)}
+    with stream.open():
+        run(stream, blocks, lane, [10])
+        copies = len(lane.copies)
+        run(stream, blocks, lane, [1, 1, 1])  # of a skipped step, block 0 alone
+        assert len(lane.copies) == copies
+        run(stream, blocks, lane, [10])
+        assert len(lane.copies) == copies + len(stream.streamed)
+    replay(lane, Random(0))
+
+
 def test_blocks_compute_the_same_and_are_at_home_afterwards() -> None:
     blocks = blocks_of(7)
     x = torch.randn(4, 3)

@@ -1,4 +1,4 @@
-"""Strips give the whole decoder's picture, in a fraction of its memory; bytes round as ever."""
+"""Strips give the whole decoder's picture, in a fraction of its memory; the encoder, every bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.random_model import CONFIGS
 from krea_local import vae as vae_module
-from krea_local.vae import decode, prepare
+from krea_local.plan import ENCODING, KEPT, STRIPS
+from krea_local.vae import decode, encode, prepare
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -192,9 +193,59 @@ def test_decoders_built_otherwise_are_left_to_diffusers() -> None:
     tiled.enable_tiling()
     latent_map = noise(1, 16, 10, 10)
     for vae in (attentive, other_activation, hooked, tiled):
-        assert not vae_module._is_known(vae)
+        assert not vae_module._is_known(vae, vae.decoder)
         assert torch.equal(decode(vae, latent_map, whole_pixels=0), whole(vae, latent_map))
-    assert vae_module._is_known(autoencoder(8, 8))
+    plain = autoencoder(8, 8)
+    assert vae_module._is_known(plain, plain.decoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layers": 2},
+        {"use_quant_conv": True, "latent_channels": 4},
+        {"down_block_types": ("AttnDownEncoderBlock2D",) * 3},  # left to diffusers
+        {"mid_block_add_attention": False},
+    ],
+    ids=str,
+)
+def test_encoding_is_diffusers_bit_for_bit(config: dict[str, Any], dtype: torch.dtype) -> None:
+    vae = autoencoder(8, 16, 24, **config).to(dtype)
+    pixels = noise(2, 3, 40, 28).to(dtype)
+    with torch.inference_mode():
+        wanted = vae.encode(pixels).latent_dist.mode()
+    assert torch.equal(encode(vae, pixels), wanted)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1440, 1440), (512, 768)])
+def test_the_plan_counts_what_encoding_takes(width: int, height: int) -> None:
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**CONFIGS["vae"], mid_block_add_attention=False).to(torch.bfloat16)
+        pixels = torch.empty(1, 3, height, width, dtype=torch.bfloat16)
+    with Allocations() as made:
+        assert encode(vae, pixels).shape == (1, 16, height // 8, width // 8)
+    assert made.peak == pytest.approx(ENCODING * width * height, rel=0.01)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1440, 1440), (1408, 1488)])
+def test_the_plan_counts_what_strips_take(width: int, height: int) -> None:
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**CONFIGS["vae"], mid_block_add_attention=False).to(torch.bfloat16)
+        latent_map = torch.empty(1, 16, height // 8, width // 8, dtype=torch.bfloat16)
+    with Allocations() as made:
+        assert decode(vae, latent_map, in_strips=True).shape == (1, 3, height, width)
+    assert made.peak == pytest.approx(KEPT * width * height + STRIPS, rel=0.01)
+
+
+def test_small_pictures_in_strips_are_the_same_but_for_rounding(krea: Krea) -> None:
+    vae, latent_map = krea.models.vae, noise(2, 16, 9, 8)
+    in_strips = decode(vae, latent_map, in_strips=True, strip_bytes=5000)
+    torch.testing.assert_close(in_strips, whole(vae, latent_map), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(

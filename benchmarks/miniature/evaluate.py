@@ -356,7 +356,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "date": date.today().isoformat(),
         "model": krea.label,
         "sha256": sha256(find(options.model).folder / "transformer"),
-        "device": device_name(krea),
+        "device": device_name(krea.device),
         "dtype": str(krea.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "emulated_float8": options.emulate_float8,
