@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,15 +59,20 @@ class Numbers:
     dtype: torch.dtype
 
     @property
+    def nbytes(self) -> int:
+        """What they take in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def end(self) -> int:
         """The byte after their last."""
-        return self.start + math.prod(self.shape) * self.dtype.itemsize
+        return self.start + self.nbytes
 
     def part(self, view: View) -> Numbers:
         """Those that a view of the tensor has, which must adjoin."""
         seen = view(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         assert seen.is_contiguous()
-        start = self.start + seen.storage_offset() * self.dtype.itemsize
+        start = self.start + int(seen.storage_offset()) * self.dtype.itemsize
         return replace(self, start=start, shape=tuple(seen.shape))
 
 
@@ -208,12 +213,11 @@ def read(
         WeightsInvalid: a file ends too early.
     """
     batches = list(_batches(transfers))
-    staged = [batch for batch in batches if not batch[0].is_direct]
-    size = max((_nbytes(batch) for batch in staged), default=0)
-    lanes = {device: lane_of(device) for device in {batch[0].target.device for batch in staged}}
-    free = deque(_Buffer() for _ in range(BUFFERS))
+    size = max((batch.nbytes for batch in batches if not batch.is_direct), default=0)
+    lanes = {device: lane_of(device) for device in {batch.device for batch in batches}}
     waiting = iter(batches)
-    running: dict[Future[None], tuple[Sequence[Transfer], _Buffer]] = {}
+    free = deque(_Buffer() for _ in range(BUFFERS))
+    running: dict[Future[None], tuple[_Batch, _Buffer]] = {}
     with ExitStack() as stack:
         for lane in lanes.values():
             stack.callback(lane.finish)
@@ -222,21 +226,21 @@ def read(
         while True:
             for batch in islice(waiting, len(free)):
                 buffer = free.popleft()
-                lane = None if batch[0].is_direct else lanes[batch[0].target.device]
-                running[pool.submit(_load, batch, buffer, size, lane)] = batch, buffer
+                running[pool.submit(_load, batch, buffer, size, lanes[batch.device])] = (
+                    batch,
+                    buffer,
+                )
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 batch, buffer = running.pop(future)
                 future.result()
-                if not batch[0].is_direct:
-                    pairs = list(
-                        zip((one.target for one in batch), buffer.views(batch), strict=True)
-                    )
-                    buffer.wait = lanes[batch[0].target.device].copy(pairs)
+                if not batch.is_direct:
+                    pairs = zip(batch.targets, batch.views(buffer.memory), strict=True)
+                    buffer.wait = lanes[batch.device].copy(list(pairs))
                 free.append(buffer)
-                for one in batch:
-                    on_bytes(one.component, one.source.end - one.source.start)
+                for one in batch.transfers:
+                    on_bytes(one.component, one.source.nbytes)
 
 
 def _at_once() -> None:
@@ -247,82 +251,103 @@ def _at_once() -> None:
 class _Buffer:
     """Host memory that a reader fills, and that must not be filled again before `wait` is over."""
 
-    memory: Tensor | None = None
+    memory: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     wait: Callable[[], object] = _at_once
 
-    def views(self, batch: Sequence[Transfer]) -> Iterator[Tensor]:
-        """The numbers of each transfer, as they lie here."""
-        assert self.memory is not None
-        first = batch[0].source.start
-        for one in batch:
-            flat = self.memory[one.source.start - first : one.source.end - first]
+
+@dataclass(frozen=True)
+class _Batch:
+    """Transfers of adjoining numbers, which are read at once."""
+
+    transfers: list[Transfer]
+
+    @property
+    def file(self) -> Path:
+        return self.transfers[0].source.file
+
+    @property
+    def start(self) -> int:
+        return self.transfers[0].source.start
+
+    @property
+    def nbytes(self) -> int:
+        return self.transfers[-1].source.end - self.start
+
+    @property
+    def device(self) -> torch.device:
+        return self.transfers[0].target.device
+
+    @property
+    def is_direct(self) -> bool:
+        return self.transfers[0].is_direct
+
+    @property
+    def targets(self) -> list[Tensor]:
+        return [one.target for one in self.transfers]
+
+    def views(self, memory: Tensor) -> Iterator[Tensor]:
+        """The numbers of each transfer where `memory` holds the batch."""
+        for one in self.transfers:
+            flat = memory[one.source.start - self.start : one.source.end - self.start]
             yield flat.view(one.source.dtype)
 
-
-def _batches(transfers: Iterable[Transfer]) -> Iterator[list[Transfer]]:
-    """The transfers, cut and put together into what is read at once, in the files' order."""
-    batch: list[Transfer] = []
-    pieces = [piece for transfer in transfers for piece in _split(transfer)]
-    for piece in sorted(pieces, key=lambda one: (one.source.file, one.source.start)):
-        if batch and not _continues(batch, piece):
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
-
-
-def _split(transfer: Transfer) -> Iterator[Transfer]:
-    source, target = transfer.source, transfer.target.view(-1)
-    assert target.numel() == math.prod(source.shape)
-    count = PIECE // source.dtype.itemsize
-    for first in range(0, target.numel(), count):
-        part = target[first : first + count]
-        start = source.start + first * source.dtype.itemsize
-        yield replace(
-            transfer, source=replace(source, start=start, shape=tuple(part.shape)), target=part
+    def is_continued_by(self, piece: Transfer) -> bool:
+        """Whether `piece` can be read with those before it."""
+        return (
+            piece.source.file == self.file
+            and piece.source.start == self.start + self.nbytes
+            and piece.source.end - self.start <= PIECE
+            # Numbers in a buffer lie at multiples of their size.
+            and (piece.source.start - self.start) % piece.source.dtype.itemsize == 0
+            and piece.target.device == self.device
+            and piece.is_direct == self.is_direct
         )
 
 
-def _continues(batch: Sequence[Transfer], piece: Transfer) -> bool:
-    """Whether `piece` can be read with those before it."""
-    first, last = batch[0], batch[-1]
-    return (
-        piece.source.file == last.source.file
-        and piece.source.start == last.source.end
-        and piece.source.end - first.source.start <= PIECE
-        # Numbers in a buffer lie at multiples of their size.
-        and (piece.source.start - first.source.start) % piece.source.dtype.itemsize == 0
-        and piece.target.device == first.target.device
-        and piece.is_direct == first.is_direct
-    )
+def _batches(transfers: Iterable[Transfer]) -> Iterator[_Batch]:
+    """The transfers, cut to pieces and put together again, in the files' order."""
+    pieces = [piece for transfer in transfers for piece in _pieces(transfer)]
+    batch = _Batch([])
+    for piece in sorted(pieces, key=lambda one: (one.source.file, one.source.start)):
+        if batch.transfers and not batch.is_continued_by(piece):
+            yield batch
+            batch = _Batch([])
+        batch.transfers.append(piece)
+    if batch.transfers:
+        yield batch
 
 
-def _nbytes(batch: Sequence[Transfer]) -> int:
-    return batch[-1].source.end - batch[0].source.start
+def _pieces(transfer: Transfer) -> Iterator[Transfer]:
+    source, target = transfer.source, transfer.target.view(-1)
+    assert target.numel() == math.prod(source.shape)
+    most = PIECE // source.dtype.itemsize
+    for first in range(0, target.numel(), most):
+        part = target[first : first + most]
+        start = source.start + first * source.dtype.itemsize
+        piece = replace(source, start=start, shape=tuple(part.shape))
+        yield replace(transfer, source=piece, target=part)
 
 
-def _load(batch: Sequence[Transfer], buffer: _Buffer, size: int, lane: Lane | None) -> None:
-    """Read a batch into its targets, or by a lane's leave into `buffer`, which then has `size`."""
-    places = [one.target for one in batch]
-    if lane is not None:
+def _load(batch: _Batch, buffer: _Buffer, size: int, lane: Lane) -> None:
+    """Read a batch to its targets, or into `buffer`, which has `size` bytes from then on."""
+    places = batch.targets
+    if not batch.is_direct:
         buffer.wait()
-        if buffer.memory is None:
+        if not buffer.memory.nbytes:
             buffer.memory = lane.memory(size)
-        places = [buffer.memory[: _nbytes(batch)]]
-    file = batch[0].source.file
+        places = [buffer.memory[: batch.nbytes]]
     try:
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(batch[0].source.start)
+        with batch.file.open("rb", buffering=0) as stream:
+            stream.seek(batch.start)
             for place in places:
-                rest = memoryview(place.view(torch.uint8).numpy())
+                rest = place.view(torch.uint8).numpy().data
                 while rest:
-                    count = stream.readinto(rest)  # which lets other threads run meanwhile
+                    count = stream.readinto(rest)  # meanwhile other threads run
                     if not count:
-                        raise WeightsInvalid(f"{str(file)!r} is truncated: {AGAIN}")
+                        raise WeightsInvalid(f"{str(batch.file)!r} is truncated: {AGAIN}")
                     rest = rest[count:]
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise _unreadable(batch.file, error) from error
 
 
 def _unreadable(file: Path, error: OSError) -> WeightsNotFound:
