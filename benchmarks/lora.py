@@ -107,7 +107,7 @@ def measure(
         )
         return time.perf_counter() - start
 
-    reset_peak(krea)
+    reset_peak(krea.device)
     seconds()  # the level's kernels, and its weights in 8-bit floats
     plain = [seconds() for _ in range(options.runs)]
     first = seconds(file)
@@ -118,7 +118,7 @@ def measure(
     return {
         "engine": f"krea_local:{level}",
         "model": krea.label,
-        "device": device_name(krea),
+        "device": device_name(krea.device),
         "dtype": str(krea.dtype).removeprefix("torch."),
         "offload": krea.offload,
         "width": width,
@@ -132,7 +132,7 @@ def measure(
         "ratio": with_lora / without,
         "add_seconds": first - with_lora,
         "take_away_seconds": back - without,
-        "peak_gib": peak_gib(krea),
+        "peak_gib": peak_gib(krea.device),
         "versions": versions(),
     }
 

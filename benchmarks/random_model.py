@@ -7,6 +7,7 @@ faster on an H200), so a benchmark needs no licence and no download.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,12 +77,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str) -> Any:
-    """One component at its true shapes, on torch's default device."""
+def build(name: str, changes: Mapping[str, Any] | None = None) -> Any:
+    """One component at its true shapes, but for `changes`, on torch's default device."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    config = CONFIGS[name]
+    config = {**CONFIGS[name], **(changes or {})}
     if name == "transformer":
         return FluxTransformer2DModel(**config)
     if name == "vae":
@@ -107,10 +108,10 @@ def random_models(
     with init_empty_weights():  # which, unlike the meta device, makes buffers
         parts = {name: build(name) for name in CONFIGS if name != "transformer"}
     # Made on the device, wherever they go then: a CPU would need minutes.
-    parts = {name: _filled(model, device, dtype).to(home) for name, model in parts.items()}
+    parts = {name: filled(model, device, dtype).to(home) for name, model in parts.items()}
     with torch.device("meta"):
         transformer = FluxTransformer(Config.of(CONFIGS["transformer"]))
-    parts["transformer"] = _filled(transformer, device, dtype).to(home)
+    parts["transformer"] = filled(transformer, device, dtype).to(home)
     if engine == "diffusers":
         parts["transformer"] = as_diffusers(parts["transformer"])
     elif offload == "modulation":
@@ -142,7 +143,7 @@ def as_diffusers(transformer: FluxTransformer, dtype: torch.dtype | None = None)
     return model.eval().requires_grad_(False)
 
 
-def _filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """`model`, which is on the meta device, on `device` with random weights."""
     generator = torch.Generator(device).manual_seed(0)
     state = {}

@@ -1,19 +1,23 @@
-"""Read one component's weights into its model, after seeing that they are that model's.
+"""Make one component's model for its weights, after seeing that they are that model's.
 
 Transformer and T5 are read from any format that `formats` knows, CLIP and VAE from safetensors of
-floats. Every tensor is compared with the model in name and shape. Knows nothing of checkpoints.
+floats. Every tensor is compared with the model in name and shape. What lies in a file as it is
+wanted becomes a `Transfer`, so that all components are read at once; the model is ready when
+`reading.read` has done it. Knows nothing of checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krea_local.errors import WeightsInvalid
 from krea_local.files import check_safetensors, read_json, weight_files
+from krea_local.progress import OnBytes
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, T5EncoderModel
 
     from krea_local.formats import Stored
+    from krea_local.reading import Numbers, Transfer, View
     from krea_local.transformer import Config, FluxTransformer
 
 # What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
@@ -30,9 +35,7 @@ HARMLESS_TENSORS = (
 )
 
 TIED = "encoder.embed_tokens.weight"  # to shared.weight, in T5
-
-OnBytes = Callable[[str, int], None]
-"""(component, bytes read since the last call), while a checkpoint is read."""
+CLIP_PREFIX = "text_model."  # in every published file; transformers 5 has dropped it
 
 
 def load_pretrained(
@@ -42,16 +45,35 @@ def load_pretrained(
     dtype: torch.dtype,
     device: torch.device,
     on_bytes: OnBytes | None = None,
+    transfers: list[Transfer] | None = None,
 ) -> Any:
     """Read a transformers model from `folder`, refusing what transformers would only report.
 
-    transformers renames tensors between its versions, so its own reader is used; it fills missing
-    tensors with random numbers and goes on, which here is an error. Onto the device "meta" only
-    names and shapes are read.
+    transformers renames tensors between its versions: its own reader is used where the files' names
+    are not those of the model. It fills missing tensors with random numbers and goes on, which here
+    is an error. Onto the device "meta" only names and shapes are read.
+
+    Args:
+        kind: the model's class.
+        folder: of its files and configuration.
+        dtype: of every weight.
+        device: where they go.
+        on_bytes: hears of progress.
+        transfers: takes what is still to be read; without it all is read at once.
     """
+    from krea_local import reading
     from krea_local.memory import is_out_of_memory
 
     files = weight_files(folder)
+    if device.type != "meta":
+        known = _known_pretrained(kind, folder, files, dtype, device)
+        if known is not None:
+            model, found = known
+            if transfers is None:
+                reading.read(found, on_bytes or (lambda component, count: None))
+            else:
+                transfers += found
+            return model
     with _quiet_transformers():
         try:
             model, loaded = kind.from_pretrained(
@@ -90,16 +112,14 @@ def load_module(
     files: list[Path],
     dtype: torch.dtype,
     device: torch.device,
-    on_bytes: OnBytes,
+    transfers: list[Transfer],
 ) -> Any:
-    """Build a diffusers model without memory, then read its tensors one by one onto `device`."""
+    """A diffusers model on `device`; `transfers` takes what is still to be read."""
     model = empty_module(kind, folder)
-    state = {}
-    for name, tensor in _tensors(files, _shapes(model)):
-        state[name] = tensor.to(device=device, dtype=dtype)
-        on_bytes(folder.name, tensor.nbytes)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+    check_tensors(files, _shapes(model))
+    state = _give_memory(model, dtype, device)
+    transfers += _transfers(_numbers(files), state, folder)
+    return model
 
 
 def empty_module(kind: Any, folder: Path) -> Any:
@@ -164,51 +184,45 @@ def load_transformer(
     dtype: torch.dtype,
     devices: tuple[torch.device, torch.device],
     on_bytes: OnBytes,
+    transfers: list[Transfer],
 ) -> FluxTransformer:
-    """Build our transformer without memory, then read the files' tensors into its fused ones.
+    """Our transformer, in whose fused tensors those of the files go.
 
-    `devices`: of the weights, and of the modulation's.
+    Args:
+        folder: of its configuration.
+        files: in any format and layout.
+        dtype: of every weight.
+        devices: of the weights, and of the modulation's.
+        on_bytes: hears of what is read here: numbers that have to be computed.
+        transfers: takes what is still to be read.
     """
-    import torch
-
     from krea_local import formats, tensor_names
 
     model, config = empty_transformer(folder)
-    empty, width = model.state_dict(), config.hidden_size
+    width = config.hidden_size
     table = tensor_names.pieces(config.num_layers, config.num_single_layers)
     modulations = {id(layer) for layer in model.modulations()}
-    streamed = {
+    apart = {
         f"{name}.{kind}"
         for name, module in model.named_modules()
         if id(module) in modulations
         for kind in ("weight", "bias")
     }
-    places: dict[str, list[tensor_names.Piece]] = {}
-    for piece in table:
-        places.setdefault(piece.diffusers, []).append(piece)
-    state: dict[str, torch.Tensor] = {}
-
-    def of_state(name: str) -> torch.Tensor:
-        if name not in state:
-            place = devices[name in streamed]
-            state[name] = torch.empty(empty[name].shape, dtype=dtype, device=place)
-        return state[name]
-
     with formats.opened(files) as stored:
         wanted = _layout_of(stored, model, config)
         _refuse_others(files, stored, wanted)
-        fused = wanted.keys() == empty.keys()
+        state = _give_memory(model, dtype, devices[0], dict.fromkeys(apart, devices[1]))
+        pairs: dict[str, list[tuple[torch.Tensor, View]]] = {}
+        if wanted.keys() == state.keys():  # fused there too
+            pairs = {name: [(tensor, _all)] for name, tensor in state.items()}
+        else:
+            for piece in table:
+                target = piece.of_original(state[piece.original], width)
+                view = partial(piece.of_diffusers, hidden_size=width)
+                pairs.setdefault(piece.diffusers, []).append((target, view))
         for name, one in stored.items():
-            tensor = one.read()
-            if fused:
-                of_state(name).copy_(tensor)
-            else:
-                for piece in places[name]:
-                    target = piece.of_original(of_state(piece.original), width)
-                    target.copy_(piece.of_diffusers(tensor, width))
-            on_bytes(folder.name, one.nbytes)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+            _fill(pairs[name], one, folder, on_bytes, transfers)
+    return model
 
 
 def _layout_of(
@@ -239,33 +253,139 @@ def as_diffusers(transformer: FluxTransformer, folder: Path) -> FluxTransformer2
 
 
 def load_t5(
-    folder: Path, files: list[Path], dtype: torch.dtype, device: torch.device, on_bytes: OnBytes
+    folder: Path,
+    files: list[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    on_bytes: OnBytes,
+    transfers: list[Transfer],
 ) -> T5EncoderModel:
-    """T5's encoder from files outside its folder, which has its configuration."""
+    """T5's encoder from files outside its folder, which has its configuration.
+
+    `on_bytes` and `transfers` are as in `load_transformer`.
+    """
     from krea_local import formats
 
     model = _empty_t5(folder)
     with formats.opened(files, "t5") as found:
-        state = {}
-        for name, one in _t5_tensors(files, found, model).items():
-            state[name] = one.read().to(device=device, dtype=dtype)
-            on_bytes(folder.name, one.nbytes)
-    model.load_state_dict(state | {TIED: state["shared.weight"]}, assign=True)
-    model.tie_weights()
-    other: T5EncoderModel = model.eval().requires_grad_(False)
-    return other
+        stored = _t5_tensors(files, found, model)
+        state = _give_memory(model, dtype, device)
+        for name, one in stored.items():
+            _fill([(state[name], _all)], one, folder, on_bytes, transfers)
+    return model
 
 
 def _empty_t5(folder: Path) -> T5EncoderModel:
     """T5's encoder after its configuration, without memory."""
+    from transformers import T5EncoderModel
+
+    model: T5EncoderModel = _empty_pretrained(T5EncoderModel, folder)
+    return model
+
+
+def _empty_pretrained(kind: Any, folder: Path) -> Any:
+    """A transformers model after its configuration, without memory."""
     import torch
-    from transformers import T5Config, T5EncoderModel
 
     try:
         with torch.device("meta"):
-            return T5EncoderModel(T5Config.from_pretrained(str(folder), local_files_only=True))
+            return kind(kind.config_class.from_pretrained(str(folder), local_files_only=True))
     except Exception as error:  # a configuration can ask for anything
         raise WeightsInvalid(f"{str(folder)!r} cannot be read: {error}") from error
+
+
+def _known_pretrained(
+    kind: Any, folder: Path, files: list[Path], dtype: torch.dtype, device: torch.device
+) -> tuple[Any, list[Transfer]] | None:
+    """A model and what fills it; None where the files' tensors are not those of its class."""
+    import torch
+
+    model = _empty_pretrained(kind, folder)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    found = _numbers(files)
+    if not wanted.keys() <= found.keys():
+        found = {name.removeprefix(CLIP_PREFIX): one for name, one in found.items()}
+    others = found.keys() - wanted.keys()
+    if (
+        {name: one.shape for name, one in found.items() if name in wanted} != wanted
+        or not all(re.search(HARMLESS_TENSORS, name) for name in others)
+        or not all(name.endswith("position_ids") for name, _ in model.named_buffers())
+        or getattr(model.config, "quantization_config", None) is not None
+    ):
+        return None
+    state = _give_memory(model, dtype, device)
+    for name, buffer in model.named_buffers():  # which no file has
+        owner, _, attribute = name.rpartition(".")
+        positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+        setattr(model.get_submodule(owner), attribute, positions)
+    return model, _transfers({name: found[name] for name in wanted}, state, folder)
+
+
+def _numbers(files: list[Path]) -> dict[str, Numbers]:
+    """The numbers of all `files`, by name."""
+    from krea_local.reading import numbers_of
+
+    return {name: one for file in files for name, one in numbers_of(file).items()}
+
+
+def _transfers(
+    found: Mapping[str, Numbers], state: Mapping[str, torch.Tensor], folder: Path
+) -> list[Transfer]:
+    """From each tensor of a file to that of the model with its name."""
+    from krea_local.reading import Transfer
+
+    return [Transfer(one, state[name], folder.name) for name, one in found.items()]
+
+
+def _give_memory(
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    apart: Mapping[str, torch.device] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Make an empty model ready but for its numbers; returns its tensors by name.
+
+    `apart`: by name, where some go instead of `device`.
+    """
+    import torch
+
+    places = apart or {}
+    made: dict[int, torch.Tensor] = {}  # by what it replaces: tied weights stay tied
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            place = places.get(name, device)
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=dtype, device=place)
+        state[name] = made[id(tensor)]
+    model.load_state_dict(state, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    model.eval().requires_grad_(False)
+    return state
+
+
+def _fill(
+    pairs: Sequence[tuple[torch.Tensor, View]],
+    stored: Stored,
+    folder: Path,
+    on_bytes: OnBytes,
+    transfers: list[Transfer],
+) -> None:
+    """Put views of a stored tensor in their places, or leave that to `transfers`."""
+    from krea_local.reading import Transfer
+
+    numbers = stored.numbers
+    if numbers is not None:
+        transfers += [Transfer(numbers.part(view), target, folder.name) for target, view in pairs]
+        return
+    tensor = stored.read()
+    for target, view in pairs:
+        target.copy_(view(tensor))
+    on_bytes(folder.name, stored.nbytes)
+
+
+def _all(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _t5_tensors(
@@ -287,15 +407,6 @@ def check_tensors(files: list[Path], wanted: Mapping[str, tuple[int, ...]]) -> N
     for file in files:
         found |= {name: tuple(t["shape"]) for name, t in check_safetensors(file).items()}
     _refuse_shapes(files, found, wanted)
-
-
-def _tensors(
-    files: list[Path], wanted: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of `files`, after seeing that they are those of the model, in its shapes."""
-    check_tensors(files, wanted)
-    for file in files:
-        yield from tensors_of(file)
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

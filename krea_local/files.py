@@ -7,7 +7,6 @@ Knows nothing of models.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from krea_local.errors import WeightsError, WeightsInvalid, WeightsNotFound
 from krea_local.weights import PICKLES
 
 AGAIN = "fetch it again (`krea-local download`)"
+FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -24,7 +25,7 @@ def weight_files(folder: Path, *, floats_only: bool = True) -> list[Path]:
 
     Args:
         folder: of the component.
-        floats_only: refuse tensors of integers, which may stand for other numbers.
+        floats_only: refuse tensors of anything else, which may stand for other numbers.
 
     Raises:
         WeightsNotFound: none, or a shard is missing.
@@ -55,7 +56,7 @@ def weight_files(folder: Path, *, floats_only: bool = True) -> list[Path]:
     for file in files:
         header = check_safetensors(file)
         if floats_only:
-            _refuse_integers(file, header)
+            _refuse_others(file, header)
     return files
 
 
@@ -107,10 +108,10 @@ def check_safetensors(file: Path) -> Mapping[str, Mapping[str, Any]]:
     return header
 
 
-def _refuse_integers(file: Path, header: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_others(file: Path, header: Mapping[str, Mapping[str, Any]]) -> None:
     for name, tensor in header.items():
         # The published CLIP file has one tensor of integers, its positions.
-        if not re.match(r"B?F\d", tensor["dtype"]) and not name.endswith("position_ids"):
+        if tensor["dtype"] not in (*FLOATS, *FLOAT8) and not name.endswith("position_ids"):
             raise WeightsInvalid(
                 f"{str(file)!r}: tensor {name} is {tensor['dtype']}: such weights are not read"
             )

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from krea_local.errors import KreaError, UnsupportedModel, WeightsInvalid, WeightsNotFound
-from krea_local.files import check_safetensors
+from krea_local.files import FLOAT8, FLOATS, check_safetensors
+from krea_local.reading import Numbers, locate
 
 ModelName = Literal["transformer", "t5"]
 
@@ -35,8 +36,6 @@ EMBEDDINGS = ("shared.weight", "embed_tokens.weight")  # in T5; scales are of ma
 SCALES = ("scale_weight", "weight_scale")
 # Scales for inputs, which we find anew at each product; and what says that there are scales.
 SPARE = r"(^|\.)(scale_input|input_scale|comfy_quant)$|^scaled_fp8$"
-FLOATS = ("F64", "F32", "F16", "BF16")
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
 SCALED_FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise")
 QUANT_STATE = ".quant_state.bitsandbytes__"
 GGUF_ARCHITECTURES = ("flux", "t5", "t5encoder")
@@ -66,6 +65,7 @@ class Stored:
         kind: what they are kept in, as its format calls it.
         nbytes: that they take in the file, without their scales.
         read: the numbers, in some float dtype, on the CPU.
+        numbers: where they lie in the file as they are; None where `read` has to compute them.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Stored:
     kind: str
     nbytes: int
     read: Callable[[], Tensor]
+    numbers: Numbers | None = None
 
 
 @contextlib.contextmanager
@@ -102,7 +103,7 @@ def _safetensors(file: Path, model: ModelName, stack: contextlib.ExitStack) -> d
         reader = stack.enter_context(safe_open(file, framework="pt"))
     except SafetensorError as error:
         raise WeightsInvalid(f"{str(file)!r} cannot be read: {error}") from error
-    return _File(file, header, reader, _prefix(header, model)).tensors()
+    return _File(file, header, reader, locate(file, header), _prefix(header, model)).tensors()
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class _File:
     path: Path
     header: Mapping[str, Mapping[str, Any]]
     reader: Any
+    numbers: Mapping[str, Numbers]
     prefix: str
 
     def tensors(self) -> dict[str, Stored]:
@@ -153,6 +155,10 @@ class _File:
         start, end = self.header[self.prefix + name]["data_offsets"]
         return Stored(name, self._shape(name), kind, end - start, read)
 
+    def _as_it_is(self, name: str) -> Stored:
+        stored = self._stored(name, self._dtype(name), lambda: self._read(name))
+        return replace(stored, numbers=self.numbers.get(self.prefix + name))
+
     def _read(self, name: str) -> Tensor:
         from safetensors import SafetensorError
 
@@ -169,7 +175,7 @@ class _File:
                 f"{str(self.path)!r}: tensor {name} is {kind}: such weights are not read "
                 "(weights.md lists the formats that are)"
             )
-        return self._stored(name, kind, lambda: self._read(name))
+        return self._as_it_is(name)
 
     def _scale_of(self, name: str, named: set[str]) -> str | None:
         stem = name.removesuffix(".weight")
@@ -179,7 +185,7 @@ class _File:
     def _float8(self, name: str, scale: str | None) -> Stored:
         kind = self._dtype(name)
         if scale is None:
-            return self._stored(name, kind, lambda: self._read(name).float())
+            return replace(self._as_it_is(name), read=lambda: self._read(name).float())
         rows, numbers = self._shape(name)[0], self._shape(scale)
         if numbers not in ((), (1,), (rows,), (1, 1), (rows, 1)):
             raise WeightsInvalid(

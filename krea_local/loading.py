@@ -7,6 +7,7 @@ are made.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from krea_local.components import (
-    OnBytes,
     as_diffusers,
     check_module,
     check_t5,
@@ -29,6 +29,7 @@ from krea_local.components import (
 from krea_local.errors import UnsupportedModel, WeightsInvalid, WeightsNotFound
 from krea_local.files import AGAIN, check_safetensors, read_json, weight_files
 from krea_local.plan import Sizes
+from krea_local.progress import OnBytes
 from krea_local.weights import COMPONENTS, FOLDERS, Checkpoint, other_model
 
 if TYPE_CHECKING:
@@ -87,27 +88,31 @@ def load_models(
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, T5EncoderModel
 
+    from krea_local import reading
+
     folder = checkpoint.folder
     shift = read_shift(checkpoint)
     report = on_bytes or (lambda component, count: None)
     tokenizer, tokenizer_2 = load_tokenizers(checkpoint)
     files = {name: component_files(checkpoint, name) for name in COMPONENTS}
-    text_encoder = load_pretrained(
-        CLIPTextModel, folder / "text_encoder", dtype=dtype, device=device, on_bytes=report
+    transfers: list[reading.Transfer] = []
+    pretrained = functools.partial(
+        load_pretrained, dtype=dtype, device=device, on_bytes=report, transfers=transfers
     )
+    t5_folder, t5_files = folder / "text_encoder_2", files["text_encoder_2"]
+    text_encoder = pretrained(CLIPTextModel, folder / "text_encoder")
     text_encoder_2 = (
-        load_t5(folder / "text_encoder_2", files["text_encoder_2"], dtype, device, report)
+        load_t5(t5_folder, t5_files, dtype, device, report, transfers)
         if checkpoint.text_encoder_2_file
-        else load_pretrained(
-            T5EncoderModel, folder / "text_encoder_2", dtype=dtype, device=device, on_bytes=report
-        )
+        else pretrained(T5EncoderModel, t5_folder)
     )
     _check_vae_config(folder)
-    vae = load_module(AutoencoderKL, folder / "vae", files["vae"], dtype, device, report)
-    modulation_device = modulation_device or device
+    vae = load_module(AutoencoderKL, folder / "vae", files["vae"], dtype, device, transfers)
+    devices = device, modulation_device or device
     transformer: FluxTransformer | FluxTransformer2DModel = load_transformer(
-        folder / "transformer", files["transformer"], dtype, (device, modulation_device), report
+        folder / "transformer", files["transformer"], dtype, devices, report, transfers
     )
+    reading.read(transfers, report)
     if engine == "diffusers":
         transformer = as_diffusers(transformer, folder / "transformer")
     return Models(

@@ -49,6 +49,9 @@ class Progress:
 OnStep = Callable[[Progress], None]
 """Called in the generating thread; what it raises, such as `Cancelled`, ends the call."""
 
+OnBytes = Callable[[str, int], None]
+"""(component, bytes read since the last call), while a checkpoint is read."""
+
 
 class Bar:
     """A progress bar on standard error, if that is a terminal; otherwise nothing.

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import latency, lora, random_model
+from benchmarks import latency, load, lora, random_model
 
 
 def test_latency_prints_a_table_and_one_line_of_json(
@@ -66,6 +67,38 @@ def test_the_cost_is_shown_for_a_gpu_next_to_the_hosted_apis() -> None:
     assert "$0.00300 a megapixel at $3 an hour; the hosted API: $0.025" in latency.table(
         result, 3.0
     )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_load_measures_readers_in_processes_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny: dict[str, dict[str, object]] = {
+        "transformer": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1},
+        "vae": {"block_out_channels": (32,) * 4, "layers_per_block": 1},
+        "text_encoder": {"num_hidden_layers": 1, "vocab_size": 1000},
+        "text_encoder_2": {"num_layers": 1, "d_ff": 64, "num_heads": 2, "vocab_size": 1000},
+    }
+    monkeypatch.setattr(load, "SMALL", tiny)
+    monkeypatch.setattr(load, "PACKAGES", {"runai": "a_package_that_nobody_has"})
+    output, folder = tmp_path / "results.jsonl", tmp_path / "random"
+    options = ["--readers", "ours", "from_pretrained", "runai", "--runs", "1", "--device", "cpu"]
+    options += ["--caches", "cold", "--output", str(output)]
+    assert load.main([str(folder), "--random", *options]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["engine"] for line in lines] == ["ours", "from_pretrained", "runai"]
+    assert lines[2]["failed"] == "the package a_package_that_nobody_has is not installed"
+    files = load.files_of(folder)
+    assert len(files) == 4
+    for line in lines[:2]:
+        assert (line["kind"], line["cache"], line["device"]) == ("load", "cold", "cpu")
+        assert line["nbytes"] == sum(file.stat().st_size for file in files)
+        assert line["seconds"] == line["seconds_all"][0] > 0
+        assert line["gb_per_second"] == pytest.approx(line["nbytes"] / line["seconds"] / 1e9)
+        assert line["peak_host_gib"] > 0.5 * line["nbytes"] / 2**30  # on a CPU, the weights' own
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert table[2].endswith(" 1.00")
+    assert "not measured: the package a_package" in table[3]
 
 
 def test_random_weights_fill_every_tensor_and_are_never_zero(

@@ -19,6 +19,7 @@ FLOORS = [
     {"plan"},
     {"streaming"},
     {"files", "transformer", "transfer"},
+    {"reading"},
     {"formats"},
     {"components", "lora", "lora_files"},
     {"loading", "skipping", "cluster"},

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import krea_local
+from krea_local import reading
 from krea_local.kernels import distance
 from krea_local.memory import pin
 from krea_local.sampling import latent_ids
@@ -200,6 +201,57 @@ def test_running_out_of_memory_is_explained_and_survived(tiny_folder: Path) -> N
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert model.txt2img("a fox", **arguments).images[0].tobytes() == expected
+
+
+@pytest.mark.parametrize("piece", [2**12, reading.PIECE])
+@pytest.mark.parametrize("kept", list(reading.DTYPES.values()), ids=list(reading.DTYPES))
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32])
+def test_numbers_get_onto_the_gpu_bit_by_bit(
+    kept: torch.dtype,
+    wanted: torch.dtype,
+    piece: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading, "PIECE", piece)
+    random = torch.Generator().manual_seed(0)
+    shapes = [(), (0,), (7,), (33, 31), (1024, 3000), (3, 5, 7)]
+    save_file(
+        {f"{i}": torch.randn(shape, generator=random).to(kept) for i, shape in enumerate(shapes)},
+        tmp_path / "a.safetensors",
+    )
+    found = reading.numbers_of(tmp_path / "a.safetensors")
+    device = torch.device("cuda", torch.cuda.current_device())
+    for _ in range(2):  # the second time into memory that a computation has just given back
+        state = {
+            name: torch.empty(one.shape, dtype=wanted, device=device) for name, one in found.items()
+        }
+        transfers = [reading.Transfer(found[name], state[name], "vae") for name in found]
+        reading.read(transfers, lambda component, nbytes: None)
+        copies = {name: tensor + 0 for name, tensor in state.items()}  # no wait in between
+        for name, theirs in load_file(tmp_path / "a.safetensors").items():
+            assert torch.equal(copies[name].cpu(), theirs.to(wanted)), name
+        del state, copies
+        torch.ones(1024, 3000, device=device).mul_(2)
+
+
+def test_loading_leaves_only_the_weights_on_the_gpu_and_locks_nothing(tiny_folder: Path) -> None:
+    from krea_local import loading, weights
+
+    def load() -> int:
+        before = torch.cuda.memory_allocated()
+        device = torch.device("cuda", torch.cuda.current_device())
+        models = loading.load_models(weights.find(tiny_folder), dtype=torch.bfloat16, device=device)
+        parts = (models.transformer, models.vae, models.text_encoder, models.text_encoder_2)
+        tensors = {
+            id(t): t for part in parts for t in (*part.parameters(), *part.buffers())
+        }.values()
+        assert {tensor.device for tensor in tensors} == {device}
+        rounded = sum(-(-tensor.nbytes // 512) * 512 for tensor in tensors)
+        assert torch.cuda.memory_allocated() - before == rounded
+        return threading.active_count()
+
+    assert load() == load()
 
 
 def test_any_number_of_blocks_may_stay(on_gpu: krea_local.Krea, tiny_folder: Path) -> None:
