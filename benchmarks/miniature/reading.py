@@ -122,5 +122,6 @@ def train(folder: Path, curve: Curve) -> Path:
         loss_of,
         after=lambda: models.close_positions(encoders.t5),
     )
+    assert isinstance(average.module, Reader)
     state.save(path, average.module.encoders.t5.state_dict(), {})
     return path
