@@ -35,8 +35,9 @@ NO_CAPTION = 0.1
 DISTILL_STEPS = 300
 DISTILL_SHARE = 0.3  # of the rates
 GUIDANCE = (1.0, 20.0)
-# The teacher's guidance is g for small g, and less than this above 1 for all: pictures burn there.
-MOST_GUIDANCE = 10.0
+# The teacher's guidance is this power of what is asked for: 1.8 for 4.5 and 3.3 for 20. Captions are
+# followed best at about 1.5 to 2, and pictures burn beyond.
+GUIDANCE_POWER = 0.4
 SMALL = (512, 512)
 
 
@@ -182,8 +183,7 @@ def distill(folder: Path, weights: Path, pictures: Pictures, curve: Curve) -> Pa
                 with_text = velocity(teacher, noisy, sigma, text, *shape, one)
                 without = velocity(teacher, noisy, sigma, nothing, *shape, one)
             predicted = velocity(student, noisy, sigma, text, *shape, guidance)
-        above = guidance - 1
-        strength = (1 + above / (1 + above / MOST_GUIDANCE))[:, None, None]
+        strength = (guidance**GUIDANCE_POWER)[:, None, None]
         target = without + strength * (with_text - without)
         return ((predicted - target).square() / strength).mean()
 
