@@ -95,7 +95,8 @@ def test_load_measures_readers_in_processes_of_their_own(
         assert line["nbytes"] == sum(file.stat().st_size for file in files)
         assert line["seconds"] == line["seconds_all"][0] > 0
         assert line["gb_per_second"] == pytest.approx(line["nbytes"] / line["seconds"] / 1e9)
-        assert line["peak_host_gib"] > 0.5 * line["nbytes"] / 2**30  # on a CPU, the weights' own
+    assert lines[0]["peak_host_gib"] > 0.5 * lines[0]["nbytes"] / 2**30  # on a CPU, the weights
+    assert lines[1]["peak_host_gib"] >= 0  # which theirs leaves in the mapped files
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[2].endswith(" 1.00")
     assert "not measured: the package a_package" in table[3]

@@ -235,7 +235,7 @@ def test_numbers_get_onto_the_gpu_bit_by_bit(
         torch.ones(1024, 3000, device=device).mul_(2)
 
 
-def test_loading_leaves_only_the_weights_on_the_gpu_and_locks_nothing(tiny_folder: Path) -> None:
+def test_loading_leaves_only_the_weights_and_no_threads(tiny_folder: Path) -> None:
     from krea_local import loading, weights
 
     def load() -> int:
