@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from krea_local import tensor_names
 from krea_local.errors import UnsupportedModel, WeightsInvalid
-from krea_local.files import check_safetensors
+from krea_local.files import check_safetensors, read_json
 from krea_local.layers import LowRank
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
         "unet.",
         "lora_unet_",
         "lora_transformer_",
+        "lycoris_",
         "",
     ),
 }
@@ -68,7 +69,8 @@ OTHER_KINDS = {
     r"\.diff(_b)?$|\.lora_[AB]\.bias$|_norm\.scale$|\.set_weight$": "more than low-rank changes",
     r"emb_params|^(clip_[lg]|t5xxl)$": "a textual inversion",
 }
-METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's configuration
+# Where diffusers writes PEFT's configuration, and where PEFT does: beside the file.
+METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,13 @@ def read_adapters(
         if file.scale == 0:
             continue
         tensors, config = _tensors(file.path)
+        seen: dict[tuple[str, str, int], str] = {}
         for (model, key), pair in _pairs(file.path, tensors, tables).items():
             parts = _low_rank(file, pair, models[model], tables[model][key], config)
             for layer, low_rank in parts:
+                other = seen.setdefault((model, layer, low_rank.starts[0]), key)
+                if other != key:
+                    raise WeightsInvalid(f"{str(file.path)!r} has {layer} twice: {other} and {key}")
                 found[model].setdefault(layer, []).append(low_rank)
     return Adapters(
         **{
@@ -177,8 +183,11 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as reader:
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
             config = json.loads((reader.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise WeightsInvalid(f"{str(path)!r} cannot be read: {error}") from error
+    beside = path.with_name(PEFT_CONFIG)
+    if not config and beside.is_file():
+        config = {f"transformer.{name}": value for name, value in read_json(beside).items()}
     return tensors, config if isinstance(config, dict) else {}
 
 
@@ -219,7 +228,12 @@ def _pairs(
 ) -> dict[tuple[str, str], _Pair]:
     """The file's tensors by (model, key of its table)."""
     found: dict[tuple[str, str], _Pair] = {}
+    if any(name.startswith("transformer.") for name in tensors):
+        # Some files hold the same LoRA a second time, as kohya's scripts name it.
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("lora_unet_")}
     for name, tensor in tensors.items():
+        if _is_spare(name, tensor):
+            continue
         for pattern, kind in OTHER_KINDS.items():
             if re.search(pattern, name):
                 raise UnsupportedModel(
@@ -238,6 +252,12 @@ def _pairs(
     if not found:
         raise WeightsInvalid(f"{str(path)!r} holds no tensors")
     return found
+
+
+def _is_spare(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor, though no part of a LoRA, changes nothing."""
+    known = any(re.search(pattern, name) for pattern in KINDS.values())
+    return not known and not bool(tensor.any())
 
 
 def _parse(
@@ -282,6 +302,8 @@ def _low_rank(
             )
         if not tensor.is_floating_point():
             raise WeightsInvalid(f"{str(file.path)!r}: tensor {label} is {tensor.dtype}, no float")
+        if not bool(tensor.float().isfinite().all()):
+            raise WeightsInvalid(f"{str(file.path)!r}: tensor {label} has NaN or infinity")
     scale = file.scale * _own_scale(file.path, pair, rank, config)
     dtype = weights[0].dtype
     down = (down.float() * scale).to(dtype)
@@ -318,10 +340,13 @@ def _own_scale(path: Path, pair: _Pair, rank: int, config: Mapping[str, Any]) ->
         raise UnsupportedModel(f"{str(path)!r} is DoRA: only LoRAs of linear layers are read")
     layer = re.sub(KINDS["down"], "", name)
     patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise WeightsInvalid(f"{str(path)!r} says alpha_pattern={patterns!r}, which is no object")
     alpha = next(
         (value for key, value in patterns.items() if f".{layer}".endswith(f".{key}")),
         settings.get("lora_alpha", rank),
     )
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not is_number or not math.isfinite(alpha):
         raise WeightsInvalid(f"{str(path)!r} says alpha={alpha!r}, which is no number")
     return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))

@@ -6,16 +6,19 @@ Knows nothing of what is in it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import secrets
+import time
 import urllib.parse
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from krea_local.errors import InvalidRequest, KreaError, OutputFailed, WeightsNotFound
 from krea_local.files import check_safetensors
+from krea_local.lora import PEFT_CONFIG
 from krea_local.paths import cache_folder, expanded
 from krea_local.progress import Bar
 from krea_local.weights import PICKLES, hub_bars, refuse_pickle, told_of_hub
@@ -27,7 +30,7 @@ HUB_URL = re.compile(
     r"(?:/(?:resolve|blob|tree)/([^/?#]+)(?:/([^?#]+))?)?/?(?:[?#].*)?"
 )
 MAX_BYTES = 8 * 2**30  # of all of FLUX.1's layers in bfloat16, rank 512 takes 5.7
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS, FETCH_SECONDS = 30.0, 3600.0
 MAX_REDIRECTS = 5
 CHUNK = 2**20
 
@@ -57,7 +60,7 @@ def find_lora(path: str | os.PathLike[str], *, progress: bool = True) -> Path:
         if place.is_dir():
             names = [file.name for file in place.glob("*.safetensors")]
             return place / _choose(names, f"the folder {text!r}")
-        if place.exists():
+        if place.is_file():
             refuse_pickle(place)
             check_safetensors(place)
             return place
@@ -82,20 +85,41 @@ def _choose(names: list[str], where: str) -> str:
 
 
 def _on_hub(repo: str, revision: str | None, name: str | None, *, progress: bool) -> Path:
-    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub import hf_hub_download
 
+    revision, name = (part and urllib.parse.unquote(part) for part in (revision, name))
     if name:
         refuse_pickle(Path(name))
     with told_of_hub(repo), hub_bars(show=progress):
-        if name is None:
-            files = list_repo_files(repo, revision=revision)
-            name = _choose(
-                [one for one in files if one.endswith(".safetensors") and "/" not in one],
-                f"https://huggingface.co/{repo}",
+        names = [name] if name else _listed(repo, revision)
+        files = [Path(hf_hub_download(repo, one, revision=revision)) for one in names]
+    check_safetensors(files[0])
+    return files[0]
+
+
+@functools.cache  # so that a repeated call asks the hub for nothing
+def _listed(repo: str, revision: str | None) -> list[str]:
+    """The one LoRA of a repository, and what PEFT says of it; offline, of what is in the cache."""
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    try:
+        names = list_repo_files(repo, revision=revision)
+    except Exception:
+        patterns = ["*.safetensors", PEFT_CONFIG]
+        with contextlib.suppress(Exception):
+            folder = snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, local_files_only=True
             )
-        file = Path(hf_hub_download(repo, urllib.parse.unquote(name), revision=revision))
-    check_safetensors(file)
-    return file
+            names = [file.name for file in Path(folder).iterdir()]
+            return _chosen(names, repo)
+        raise
+    return _chosen(names, repo)
+
+
+def _chosen(names: list[str], repo: str) -> list[str]:
+    top = [one for one in names if one.endswith(".safetensors") and "/" not in one]
+    beside = [PEFT_CONFIG] if PEFT_CONFIG in names else []
+    return [_choose(top, f"https://huggingface.co/{repo}"), *beside]
 
 
 def _behind_url(url: str, *, progress: bool) -> Path:
@@ -107,13 +131,13 @@ def _behind_url(url: str, *, progress: bool) -> Path:
         raise InvalidRequest(f"loras: {url!r} is not a URL: {error}") from error
     name = Path(urllib.parse.unquote(parts.path)).name
     refuse_pickle(Path(name))
-    stem = re.sub(r"[^\w.-]", "_", name.removesuffix(".safetensors"))[:80] or "lora"
+    stem = re.sub(r"[^\w.-]", "_", name.removesuffix(".safetensors"), flags=re.ASCII)[:80] or "lora"
     key = hashlib.sha256(url.encode()).hexdigest()[:16]
     place = cache_folder() / "loras" / f"{stem}-{key}.safetensors"
-    if place.exists():
-        return place
     partial = place.with_name(f".{secrets.token_hex(8)}.part")
     try:
+        if place.exists():
+            return place
         place.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, shown, partial, progress=progress)
         check_safetensors(partial)
@@ -122,7 +146,7 @@ def _behind_url(url: str, *, progress: bool) -> Path:
         # The name that it would have had says more than the partial file's.
         raise type(error)(str(error).replace(str(partial), shown)) from error
     except OSError as error:
-        raise OutputFailed(f"cannot write {str(place)!r}: {error.strerror or error}") from error
+        raise _unwritable(place, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -144,7 +168,7 @@ def _fetch(url: str, shown: str, place: Path, *, progress: bool) -> None:
                 raise WeightsNotFound(f"loras: {shown} answered {status}")
             length = int(answer.headers.get("Content-Length", 0))
             _write(answer.iter_raw(CHUNK), length, shown, place, progress=progress)
-    except (KreaError, OSError):
+    except KreaError:
         raise
     # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
     except Exception as error:
@@ -154,14 +178,30 @@ def _fetch(url: str, shown: str, place: Path, *, progress: bool) -> None:
 
 def _write(chunks: Any, length: int, shown: str, place: Path, *, progress: bool) -> None:
     bar = Bar(length, show=progress and length > 0, unit="B")
-    count = 0
+    count, deadline = 0, time.monotonic() + FETCH_SECONDS
     try:
-        with place.open("xb") as file:
+        with _opened(place) as file:
             for chunk in chunks:
                 count += len(chunk)
                 if count > MAX_BYTES:
                     raise WeightsNotFound(f"loras: {shown} is over {MAX_BYTES // 2**30} GiB")
-                file.write(chunk)
+                if time.monotonic() > deadline:
+                    raise WeightsNotFound(f"loras: {shown} took over {FETCH_SECONDS:g} s to arrive")
+                try:
+                    file.write(chunk)
+                except OSError as error:
+                    raise _unwritable(place, error) from error
                 bar.advance("lora", len(chunk))
     finally:
         bar.close()
+
+
+def _opened(place: Path) -> IO[bytes]:
+    try:
+        return place.open("xb", buffering=0)
+    except OSError as error:
+        raise _unwritable(place, error) from error
+
+
+def _unwritable(place: Path, error: OSError) -> OutputFailed:
+    return OutputFailed(f"cannot write into {str(place.parent)!r}: {error.strerror or error}")

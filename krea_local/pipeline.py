@@ -31,6 +31,7 @@ from krea_local.errors import (
     InvalidImage,
     InvalidRequest,
     KreaWarning,
+    OutOfMemory,
     WeightsNotFound,
 )
 from krea_local.images import (
@@ -291,8 +292,7 @@ class Krea:
                     explained_out_of_memory(FREE_IT if self.plan else LET_IT_CHOOSE),
                 ):
                     request = self._agreed(request, planned[0])
-                    self._adapt(loras)
-                    result = self._run_somehow(request, *planned, on_step)
+                    result = self._run_somehow(request, loras, *planned, on_step)
                 self._apart = False
             finally:
                 with self._switch:
@@ -325,6 +325,8 @@ class Krea:
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor, str | None]:
         """`prompt` as the transformer takes it, from a cache of the last few prompts.
+
+        The LoRAs of the last call still count, here and in `latents`.
 
         Returns:
             prompt_embeds [1, 512, 4096], pooled_prompt_embeds [1, 768], and where the prompt was
@@ -418,6 +420,7 @@ class Krea:
     def _run_somehow(
         self,
         request: Txt2ImgRequest | Img2ImgRequest,
+        loras: list[LoraFile],
         input_image: InputImage | None,
         size: tuple[int, int],
         notices: list[str],
@@ -427,6 +430,7 @@ class Krea:
         first = self.plan
         while True:
             try:
+                self._adapt(loras, notices)
                 return self._run(request, input_image, size, [*notices], on_step)
             except Exception as error:
                 if not is_out_of_gpu_memory(error) or self.plan is None or self.group is not None:
@@ -439,40 +443,66 @@ class Krea:
                 traceback.clear_frames(error.__traceback__)
             logger.info("memory ran out; the call is repeated with\n%s", smaller)
             self._settle(smaller)
-            gib = smaller.peak / GIB
-            notices.append(
-                f"memory did not suffice: from now on less of the model stays on the GPU, at most "
-                f"{gib:.1f} GiB with offload={smaller.offload!r}, and pictures take longer"
-            )
+            notices.append(self._said_of(smaller, "memory did not suffice"))
 
     def _find_loras(self, request: Txt2ImgRequest | Img2ImgRequest) -> list[LoraFile]:
         """The files that the request names, fetched if need be."""
-        loras = cast("tuple[Lora, ...]", request.loras)
+        loras = [one for one in cast("tuple[Lora, ...]", request.loras) if one.scale]
         return [LoraFile(find_lora(one.path, progress=self.progress), one.scale) for one in loras]
 
-    def _adapt(self, files: list[LoraFile]) -> None:
-        """Have the models add these LoRAs, and no others."""
-        adapters = self._adapting.read(files)
-        if adapters is not None:
-            self._make_room(adapters.nbytes)
-            if self._adapting.add(files, adapters):
-                self._prompts.clear()
+    def _adapt(self, files: list[LoraFile], notices: list[str]) -> None:
+        """Have the models add these LoRAs, and no others.
 
-    def _make_room(self, adapters: int) -> None:
+        Raises:
+            InvalidRequest: other processes have other files.
+            OutOfMemory: they leave too little memory, and the host has none for the model.
+        """
+        wanted = self._adapting.read(files)
+        if wanted is None:
+            return
+        if self.group is not None and not self.group.all_equal(wanted.recipe):
+            raise InvalidRequest("the processes that draw together have different LoRAs")
+        if wanted.has_text or self._adapting.current.has_text:
+            self._prompts.clear()
+        self._make_room(wanted.adapters.nbytes, notices)
+        self._adapting.add(wanted)
+
+    def _make_room(self, adapters: int, notices: list[str]) -> None:
         """Have so many bytes of LoRAs in the plan, and less of the model where they do not fit."""
-        if self.plan is None:
+        if self.plan is None or adapters == self.plan.adapters:
             return
         plan, budget = replace(self.plan, adapters=adapters), self.plan.budget
         if plan.offload == "blocks":
-            self.plan = plan.for_blocks(plan.sizes.blocks)
+            plan = plan.for_blocks(plan.sizes.blocks)
+            if budget is not None and plan.peak > budget:
+                plan = replace(plan, resident=0, strips=True)
+            self.plan = plan
             self._stream_blocks()
             return
         while budget is not None and plan.peak > budget and (smaller := plan.smaller()) is not None:
             plan = replace(smaller, budget=budget)
         if plan.offload == self.plan.offload:
             self.plan = plan
-        else:
-            self._settle(plan)
+            return
+        if not self._host_has_room(plan):
+            raise OutOfMemory(
+                f"the LoRAs take {adapters / GIB:.2f} GiB, which leave too little of the GPU to "
+                "the model, and host memory has no room for it: free some of either"
+            )
+        self._settle(plan)
+        notices.append(self._said_of(plan, "the LoRAs need memory"))
+
+    def _host_has_room(self, plan: Plan) -> bool:
+        """Whether host memory holds what this plan moves there."""
+        available = available_host_memory()
+        moves = plan.offload == "blocks" and self.offload != "blocks" and self.device.type != "cpu"
+        return not moves or available is None or available >= plan.sizes.everything
+
+    def _said_of(self, plan: Plan, why: str) -> str:
+        return (
+            f"{why}: from now on less of the model stays on the GPU, at most {plan.peak / GIB:.1f} "
+            f"GiB with offload={plan.offload!r}, and pictures take longer"
+        )
 
     def _smaller(self, plan: Plan, level: Acceleration) -> Plan | None:
         """The next plan with which this level takes less, if host memory has room for it."""
@@ -750,8 +780,8 @@ class Krea:
         recipe |= {"model": self.label, "version": f"krea_local {__version__}"}
         if input_image is not None:
             recipe |= {"image_name": input_image.name, "image_sha256": input_image.sha256}
-        if self._adapting.recipe:
-            recipe["loras"] = self._adapting.recipe
+        if self._adapting.current.recipe:
+            recipe["loras"] = self._adapting.current.recipe
         return recipe
 
     def _current_device(self) -> contextlib.AbstractContextManager[object]:

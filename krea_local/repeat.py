@@ -93,10 +93,11 @@ def _different_loras(
     if made_with and "loras" not in given:
         names = " ".join(f"--lora {one.get('path')}:{one.get('scale')}" for one in made_with)
         raise InvalidRequest(f"--from {picture}: was made with LoRAs; give them: {names}")
-    files = [find_lora(one["path"], progress=False) for one in given.get("loras", [])]
+    scales = [(one["path"], float(one.get("scale", 1))) for one in given.get("loras", [])]
     found = [
-        (compute_checksum(file, SHA256), float(one.get("scale", 1)))
-        for file, one in zip(files, given.get("loras", []), strict=True)
+        (compute_checksum(find_lora(path, progress=False), SHA256), scale)
+        for path, scale in scales
+        if scale
     ]
     if found != [(one.get("sha256"), one.get("scale")) for one in made_with]:
         return [f"these are not the LoRAs that {picture} was made with"]

@@ -278,6 +278,7 @@ class _Request(BaseModel):
     acceleration: Acceleration = Field("none", description="Speed against fidelity.")
     loras: Loras = Field(
         (),
+        max_length=8,
         description="LoRAs to add, each a file, hub id or URL, or such a `path` with a `scale` "
         "from 0 to 4.",
     )
@@ -434,10 +435,11 @@ def _sentence(model: type[BaseModel], fault: Mapping[str, object]) -> str:
     if kind == "missing":
         return f"{name}: is required"
     if kind == "extra_forbidden":
-        known = list(model.model_fields) + list(ImageSize.model_fields)
+        fields = list(Lora.model_fields if names[0] == "loras" else model.model_fields)
+        known = fields + list(ImageSize.model_fields)
         close = [other for other in known if names[-1] in other]
         close = close or difflib.get_close_matches(names[-1], known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(model.model_fields)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
         return f"{name}: no such parameter; {hint}"
     rule = rule.removeprefix("Value error, ").replace("Input should", "should")
     if kind == "value_error" and names == ["image_size"]:

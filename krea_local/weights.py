@@ -329,7 +329,11 @@ def refuse_pickle(path: Path) -> None:
 
 def _find_default(apart: tuple[str, ...]) -> Checkpoint:
     try:
-        return find_on_hub(KREA, KREA.repo, apart, token=None, local_files_only=True)
+        checkpoint = find_on_hub(KREA, KREA.repo, apart, token=None, local_files_only=True)
+        own = checkpoint.folder / "transformer"
+        if "transformer" in apart or any(own.glob("*.safetensors")):
+            return checkpoint
+        return _with_variant(checkpoint)
     except WeightsNotFound as error:
         raise WeightsNotFound(
             f"no weights of {KREA.name} on this machine. To fetch its 33.7 GB: `krea-local "
@@ -337,6 +341,21 @@ def _find_default(apart: tuple[str, ...]) -> Checkpoint:
             f"name that, or set {MODEL_VARIABLE}. To try without weights: model='tiny' (weights.md "
             "has the details)"
         ) from error
+
+
+def _with_variant(checkpoint: Checkpoint) -> Checkpoint:
+    """With the variant's transformer that was fetched instead of the model's own; its name tells.
+
+    Raises:
+        WeightsNotFound: none was.
+    """
+    for variant in VARIANTS.values():
+        with contextlib.suppress(WeightsError):
+            folder = snapshot(variant.repo, [variant.file], token=None, local_files_only=True)
+            file = folder / variant.file
+            if file.is_file():
+                return replace(checkpoint, label=file.stem, transformer_file=file)
+    raise WeightsNotFound(f"no transformer in {str(checkpoint.folder)!r}")
 
 
 def _find_folder(path: Path) -> Checkpoint:

@@ -189,6 +189,9 @@ def test_a_variant_is_one_file_and_the_rest_of_the_model(
     assert checkpoint.family == KREA
     if folder:
         assert file.parent == tmp_path / folder
+    else:  # found without a name, and called by what it is
+        found = weights.find(fetch=False)
+        assert (found.transformer_file, found.label) == (file, file.stem)
     hub.fetched.clear()
     assert krea_local.download("krea", variant=name, folder=folder, progress=False) == file
     assert hub.fetched == []

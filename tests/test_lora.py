@@ -241,6 +241,40 @@ def test_a_layer_adds_what_its_changed_weight_would() -> None:
     assert torch.equal(layer(x), plain)
 
 
+def test_a_lora_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    once = write(tmp_path / "once.safetensors", of_one_layer())
+    down, up = of_one_layer().values()
+    kohya = "lora_unet_double_blocks_0_img_attn_proj"
+    again = {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up}
+    both = write(tmp_path / "both.safetensors", of_one_layer() | again)
+    assert same(differences(both), differences(once))
+    layer = "double_blocks.0.img_attn.proj"
+    again |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    with pytest.raises(WeightsInvalid, match=f"has {layer} twice"):
+        differences(write(tmp_path / "twice.safetensors", again))
+
+
+def test_what_changes_nothing_may_be_there(tmp_path: Path) -> None:
+    zeros = {"lora_unet_double_blocks_0_img_attn_proj.diff_b": torch.zeros(D)}
+    tensors = {"position_embedding": torch.zeros(3)} | zeros | of_one_layer()
+    plain = differences(write(tmp_path / "plain.safetensors", of_one_layer()))
+    assert same(differences(write(tmp_path / "lora.safetensors", tensors)), plain)
+
+
+def test_pefts_own_folder_has_its_strength_beside_the_file(tmp_path: Path) -> None:
+    plain = differences(write(tmp_path / "plain.safetensors", of_one_layer()))
+    name = "base_model.model.transformer_blocks.0.attn.to_out.0"
+    down, up = of_one_layer().values()
+    halves = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    file = write(folder / "adapter_model.safetensors", halves)
+    (folder / lora.PEFT_CONFIG).write_text(json.dumps({"r": RANK, "lora_alpha": 2 * RANK}))
+    assert lora_files.find_lora(folder) == file
+    found = differences(file)
+    assert same(found, {layer: 2 * change for layer, change in plain.items()})
+
+
 FAULTS: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
     "other model": (
         {
@@ -270,6 +304,14 @@ FAULTS: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
         },
         WeightsInvalid,
         "is torch.int8, no float",
+    ),
+    "NaN": (
+        {
+            "transformer.x_embedder.lora_A.weight": torch.full((2, 64), torch.nan),
+            "transformer.x_embedder.lora_B.weight": torch.ones(32, 2),
+        },
+        WeightsInvalid,
+        "x_embedder.lora_A.weight has NaN",
     ),
     "DoRA": (of_one_layer(dora_scale=torch.ones(1)), UnsupportedModel, "is DoRA"),
     "LoKr": (
@@ -434,7 +476,8 @@ def test_plans_make_room(tiny_folder: Path, krea: Krea, loras: dict[str, Path]) 
     tight = krea_local.load(tiny_folder, device="cpu", dtype="float32", memory=f"{peak}B")
     assert tight.plan is not None
     assert tight.plan.offload == "none"
-    assert drawn(tight, loras=loras["all"]) == want
+    with pytest.warns(krea_local.KreaWarning, match="the LoRAs need memory"):
+        assert drawn(tight, loras=loras["all"]) == want
     assert tight.offload != "none"
     assert tight.plan.peak <= peak
 
@@ -446,6 +489,46 @@ def test_a_failure_leaves_the_model_usable(krea: Krea, loras: dict[str, Path]) -
     with pytest.raises(WeightsInvalid, match="truncated"):
         drawn(krea, loras=[loras["text"], broken])
     assert drawn(krea) == before
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt])
+def test_nothing_is_left_of_loras_that_could_not_be_added(
+    error: BaseException, krea: Krea, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = drawn(krea)
+    changed = drawn(krea, loras=[loras["text"]])
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.Adapters, "to", fail)
+        with pytest.raises((krea_local.OutOfMemory, KeyboardInterrupt)):
+            drawn(krea, loras=[loras["text"], loras["all"]])
+    assert drawn(krea) == before
+    assert drawn(krea, loras=[loras["text"]]) == changed
+    with monkeypatch.context() as patch:
+        patch.setattr(krea.engine, "adapt", fail)
+        with pytest.raises((krea_local.OutOfMemory, KeyboardInterrupt)):
+            drawn(krea)
+    assert drawn(krea) == before
+
+
+def test_without_room_on_the_host_the_model_stays_where_it_is(
+    tiny_folder: Path, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = krea_local.load(tiny_folder, device="cpu", dtype="float32", memory="40GB").plan
+    assert plan is not None
+    krea = krea_local.load(tiny_folder, device="cpu", dtype="float32", memory=f"{plan.peak}B")
+    before = drawn(krea)
+    with monkeypatch.context() as patch:
+        patch.setattr(krea, "_host_has_room", lambda plan: False)
+        with pytest.raises(krea_local.OutOfMemory, match="the LoRAs take 0.00 GiB, which leave"):
+            drawn(krea, loras=loras["all"])
+    assert krea.offload == "none"
+    assert drawn(krea) == before
+    with pytest.warns(krea_local.KreaWarning, match="the LoRAs need memory: from now on less"):
+        drawn(krea, loras=loras["all"])
 
 
 def test_diffusers_engine_says_no(krea_diffusers: Krea, loras: dict[str, Path]) -> None:
@@ -592,11 +675,23 @@ def test_the_hub_is_asked_for_the_file_that_is_meant(
     def listed(repo: str, *, revision: str | None) -> list[str]:
         return ["README.md", "one.safetensors", "samples/x.safetensors"]
 
+    def cached(repo: str, **_: object) -> str:
+        (tmp_path / "one.safetensors").touch()
+        return str(tmp_path)
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
+    lora_files._listed.cache_clear()
     assert lora_files.find_lora(text) == loras["all"]
     assert seen == [asked]
+    # Offline, what is in the cache counts.
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    lora_files._listed.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: 1 / 0)
+    assert lora_files.find_lora(text) == loras["all"]
+    assert seen == [asked] * 2
+    lora_files._listed.cache_clear()
 
 
 def test_offline_the_hub_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,6 +723,8 @@ def test_requests_over_the_network_name_no_local_files() -> None:
         ([{"path": "x", "scale": -1}], r"loras.0.scale=-1"),
         ([{"path": ""}], r"loras.0.path='': should be a file, a hub id or a URL"),
         ([{"scale": 1}], r"loras.0.path: is required"),
+        ([{"path": "x", "weight": 1}], r"loras.0.weight: no such parameter; known: path, scale"),
+        (["x"] * 9, r"loras=.*at most 8 items"),
         ([3], r"loras.0=3"),
         (3, r"loras=3"),
     ],
