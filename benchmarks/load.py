@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def write_random(folder: Path, device: torch.device, *, full: bool) -> None:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """The figures of each reader: medians of runs in turns."""
+    """The figures of each run, and of each reader: medians of runs in turns."""
     checkpoint = weights.find(folder)
     loading.check_layout(checkpoint)
     files = files_of(folder)
@@ -164,27 +164,33 @@ def compare(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
         }
         for _ in range(options.runs):
             for name in options.readers:
-                if name not in failed:
-                    for file in files:
-                        fill_cache(file) if cache == "warm" else drop_from_cache(file)
-                    try:
-                        calls[name].append(run(name, options, folder))
-                    except RuntimeError as error:
-                        failed[name] = str(error)
-        for name, figures in calls.items():
+                if name in failed:
+                    continue
+                if cache == "warm":
+                    only_files(folder)
+                else:
+                    drop_from_cache(files)
+                try:
+                    figures = run(name, options, folder)
+                except RuntimeError as error:
+                    failed[name] = str(error)
+                    continue
+                calls[name].append(figures)
+                yield common | {"kind": "load_run", "engine": name, "cache": cache, **figures}
+        for name, done in calls.items():
             line = common | {"engine": name, "cache": cache}
             if name in failed:
                 yield line | {"failed": failed[name]}
                 continue
-            seconds = [one["seconds"] for one in figures]
+            seconds = [one["seconds"] for one in done]
             median = statistics.median(seconds)
             yield line | {
                 "runs": len(seconds),
                 "seconds": median,
                 "seconds_all": seconds,
                 "gb_per_second": nbytes / median / 1e9,
-                "peak_host_gib": statistics.median(one["peak_host_gib"] for one in figures),
-                "start_seconds": statistics.median(one["start_seconds"] for one in figures),
+                "peak_host_gib": statistics.median(one["peak_host_gib"] for one in done),
+                "start_seconds": statistics.median(one["start_seconds"] for one in done),
             }
 
 
@@ -257,18 +263,11 @@ def files_of(folder: Path) -> list[Path]:
     return [file for name in COMPONENTS for file in loading.component_files(checkpoint, name)]
 
 
-def fill_cache(file: Path) -> None:
-    """Have a file in the page cache."""
-    buffer = bytearray(reading.PIECE)
-    with file.open("rb", buffering=0) as stream:
-        while stream.readinto(buffer):
-            pass
-
-
-def drop_from_cache(file: Path) -> None:
-    """Have none of a file in the page cache."""
-    with file.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def drop_from_cache(files: Sequence[Path]) -> None:
+    """Have none of the files in the page cache."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # What each reader does: (folder, device, dtype) -> what is to be kept until the clock stops.
@@ -280,7 +279,7 @@ def ours(folder: Path, device: torch.device, dtype: torch.dtype) -> object:
     return loading.load_models(weights.find(folder), dtype=dtype, device=device)
 
 
-def only_files(folder: Path, device: torch.device, dtype: torch.dtype) -> object:
+def only_files(folder: Path, *_: object) -> object:
     """Bytes, by as many threads as ours, to nowhere."""
 
     def fill(piece: tuple[Path, int]) -> None:
@@ -366,9 +365,11 @@ def table(lines: list[dict[str, Any]]) -> str:
     base = {
         line["cache"]: line["seconds"]
         for line in lines
-        if line["engine"] == "from_pretrained" and "seconds" in line
+        if line["kind"] == "load" and line["engine"] == "from_pretrained" and "seconds" in line
     }
     for line in lines:
+        if line["kind"] == "load_run":
+            continue
         start = f"{line['engine']:16} {line['cache']:5}"
         if "failed" in line:
             rows.append(f"{start} not measured: {line['failed']}")

@@ -86,6 +86,8 @@ def test_load_measures_readers_in_processes_of_their_own(
     options += ["--caches", "cold", "--output", str(output)]
     assert load.main([str(folder), "--random", *options]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
+    runs, lines = lines[:2], lines[2:]
+    assert [line["kind"] for line in runs] == ["load_run"] * 2
     assert [line["engine"] for line in lines] == ["ours", "from_pretrained", "runai"]
     assert lines[2]["failed"] == "the package a_package_that_nobody_has is not installed"
     files = load.files_of(folder)
