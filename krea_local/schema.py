@@ -435,8 +435,9 @@ def _sentence(model: type[BaseModel], fault: Mapping[str, object]) -> str:
     if kind == "missing":
         return f"{name}: is required"
     if kind == "extra_forbidden":
-        fields = list(Lora.model_fields if names[0] == "loras" else model.model_fields)
-        known = fields + list(ImageSize.model_fields)
+        in_lora = names[0] == "loras"
+        fields = list(Lora.model_fields if in_lora else model.model_fields)
+        known = fields if in_lora else fields + list(ImageSize.model_fields)
         close = [other for other in known if names[-1] in other]
         close = close or difflib.get_close_matches(names[-1], known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"

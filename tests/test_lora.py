@@ -243,13 +243,13 @@ def test_a_layer_adds_what_its_changed_weight_would() -> None:
 
 def test_a_lora_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     once = write(tmp_path / "once.safetensors", of_one_layer())
-    down, up = of_one_layer().values()
+    down, up = (tensor.clone() for tensor in of_one_layer().values())
     kohya = "lora_unet_double_blocks_0_img_attn_proj"
     again = {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up}
     both = write(tmp_path / "both.safetensors", of_one_layer() | again)
     assert same(differences(both), differences(once))
     layer = "double_blocks.0.img_attn.proj"
-    again |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    again |= {f"{layer}.lora_A.weight": down + 1, f"{layer}.lora_B.weight": up + 1}
     with pytest.raises(WeightsInvalid, match=f"has {layer} twice"):
         differences(write(tmp_path / "twice.safetensors", again))
 

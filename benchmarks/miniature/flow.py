@@ -35,8 +35,8 @@ NO_CAPTION = 0.1
 DISTILL_STEPS = 300
 DISTILL_SHARE = 0.3  # of the rates
 GUIDANCE = (1.0, 20.0)
-# The teacher's guidance is this power of what is asked for: 1.8 for 4.5 and 3.3 for 20. Captions are
-# followed best at about 1.5 to 2, and pictures burn beyond.
+# The teacher's guidance is this power of what is asked for: 1.8 for 4.5 and 3.3 for 20. Captions
+# are followed best at about 1.5 to 2, and pictures burn beyond.
 GUIDANCE_POWER = 0.4
 SMALL = (512, 512)
 
