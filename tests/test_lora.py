@@ -249,7 +249,8 @@ def test_a_lora_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     both = write(tmp_path / "both.safetensors", of_one_layer() | again)
     assert same(differences(both), differences(once))
     layer = "double_blocks.0.img_attn.proj"
-    again |= {f"{layer}.lora_A.weight": down + 1, f"{layer}.lora_B.weight": up + 1}
+    other = "transformer_blocks.0.attn.to_out.0"
+    again |= {f"{other}.lora_A.weight": down + 1, f"{other}.lora_B.weight": up + 1}
     with pytest.raises(WeightsInvalid, match=f"has {layer} twice"):
         differences(write(tmp_path / "twice.safetensors", again))
 
