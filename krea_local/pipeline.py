@@ -507,9 +507,7 @@ class Krea:
     def _smaller(self, plan: Plan, level: Acceleration) -> Plan | None:
         """The next plan with which this level takes less, if host memory has room for it."""
         assert isinstance(self.engine, Engine)
-        available = available_host_memory()
-        moves = plan.offload != "blocks" and self.device.type != "cpu"
-        if moves and available is not None and available < plan.sizes.everything:
+        if not self._host_has_room(replace(plan, offload="blocks")):
             return None
         blocks = self.engine.block_bytes(level) or plan.sizes.blocks
         peak = plan.for_blocks(blocks).peak

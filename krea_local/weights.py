@@ -329,12 +329,10 @@ def refuse_pickle(path: Path) -> None:
 
 def _find_default(apart: tuple[str, ...]) -> Checkpoint:
     try:
-        checkpoint = find_on_hub(KREA, KREA.repo, apart, token=None, local_files_only=True)
-        own = checkpoint.folder / "transformer"
-        if "transformer" in apart or any(own.glob("*.safetensors")):
-            return checkpoint
-        return _with_variant(checkpoint)
+        return find_on_hub(KREA, KREA.repo, apart, token=None, local_files_only=True)
     except WeightsNotFound as error:
+        with contextlib.suppress(WeightsNotFound):
+            return _cached_variant(apart)
         raise WeightsNotFound(
             f"no weights of {KREA.name} on this machine. To fetch its 33.7 GB: `krea-local "
             f"download`, or name it: model='{KREA.alias}' (--model {KREA.alias}). To use a folder, "
@@ -343,14 +341,16 @@ def _find_default(apart: tuple[str, ...]) -> Checkpoint:
         ) from error
 
 
-def _with_variant(checkpoint: Checkpoint) -> Checkpoint:
-    """With the variant's transformer that was fetched instead of the model's own; its name tells.
+def _cached_variant(apart: tuple[str, ...]) -> Checkpoint:
+    """The default model with a variant's transformer, if that was fetched; its name tells.
 
     Raises:
         WeightsNotFound: none was.
     """
+    apart = ("transformer", *apart)
+    checkpoint = find_on_hub(KREA, KREA.repo, apart, token=None, local_files_only=True)
     for variant in VARIANTS.values():
-        with contextlib.suppress(WeightsError):
+        with contextlib.suppress(WeightsNotFound):
             folder = snapshot(variant.repo, [variant.file], token=None, local_files_only=True)
             file = folder / variant.file
             if file.is_file():

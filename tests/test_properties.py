@@ -121,6 +121,7 @@ def is_valid(name: str, value: Any) -> bool:
         "acceleration": value in ("none", "regular", "high"),
         "image_size": value == {}
         or (isinstance(value, str) and value in krea_local.schema.PRESETS),
+        "loras": value == [] or (isinstance(value, str) and bool(value.strip())),
         "strength": number and 0.01 <= value <= 1,
     }
     return rules[name]
@@ -144,7 +145,7 @@ def test_any_invalid_value_is_refused_by_name(data: st.DataObject) -> None:
         assert error.errors[0]["loc"][0] == name  # type: ignore[index]
     else:
         assert valid
-        assert getattr(parsed, name) == value or name == "image_size"
+        assert getattr(parsed, name) == value or name in ("image_size", "loras")
 
 
 @given(st.dictionaries(st.text(max_size=8), junk, min_size=1, max_size=3))

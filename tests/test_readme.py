@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import krea_local
+from benchmarks.lora import write_lora
 from krea_local import Img2ImgRequest, Txt2ImgRequest, cli, fetching
 from krea_local.schema import PRESETS
 from krea_local.weights import FAMILIES
@@ -65,20 +66,21 @@ def test_the_python_programs_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_lines_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    krea: krea_local.Krea, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched: list[tuple[str, object]] = []
 
     def plan(model: str, **options: object) -> fetching.Plan:  # tests fetch nothing
         fetched.append((model, options["folder"]))
-        return fetching.Plan((FAMILIES[0], FAMILIES[0].repo), True, None, (), (), ())
+        return fetching.Plan((FAMILIES[0], FAMILIES[0].repo), None, True, None, (), (), ())
 
     monkeypatch.setattr(fetching, "plan", plan)
     monkeypatch.setattr(fetching, "fetch", lambda planned, **_: None)
     Path("prompts.txt").write_text("one\ntwo\n")
     (section,) = (block for block in blocks("sh") if "krea-local info" in block)
     lines = [line for line in section.splitlines() if line]
-    assert len(lines) == 8
+    assert len(lines) == 9
+    write_lora(krea, 2, Path("style.safetensors"))
     for line in lines:
         arguments = shlex.split(line, comments=True)
         assert arguments.pop(0) == "krea-local"
