@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from krea_local.formats import Stored
     from krea_local.reading import Numbers, Transfer, View
+    from krea_local.tensor_names import Piece
     from krea_local.transformer import Config, FluxTransformer
 
 # What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
@@ -222,7 +223,35 @@ def load_transformer(
                 pairs.setdefault(piece.diffusers, []).append((target, view))
         for name, one in stored.items():
             _fill(pairs[name], one, folder, on_bytes, transfers)
+        fused = wanted.keys() == state.keys()
+        _keep_scales(model, stored, {} if fused else {piece.diffusers: piece for piece in table})
     return model
+
+
+def _keep_scales(
+    model: FluxTransformer, stored: Mapping[str, Stored], pieces: Mapping[str, Piece]
+) -> None:
+    """Tell layers that are kept in 8-bit floats how; `pieces` by name, where they are not fused."""
+    import torch
+
+    from krea_local.layers import Linear
+
+    width = model.config.hidden_size
+    scales: dict[str, torch.Tensor] = {}
+    for name, one in stored.items():
+        if one.scale is None:
+            continue
+        piece = pieces.get(name)
+        layer = (piece.original if piece else name).removesuffix(".weight")
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, Linear)
+        scale = scales.setdefault(layer, torch.zeros(linear.out_features))
+        (piece.of_original(scale, width) if piece else scale).copy_(one.scale())
+    for layer, scale in scales.items():
+        if bool((scale.isfinite() & (scale > 0)).all()):  # of all rows, and usable
+            linear = model.get_submodule(layer)
+            assert isinstance(linear, Linear)
+            linear.float8_scale = scale
 
 
 def _layout_of(

@@ -66,6 +66,8 @@ class Stored:
         nbytes: that they take in the file, without their scales.
         read: the numbers, in some float dtype, on the CPU.
         numbers: where they lie in the file as they are; None where `read` has to compute them.
+        scale: where they are kept in float8_e4m3, what those are multiplied by: float32 [N], one a
+            row; else None.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Stored:
     nbytes: int
     read: Callable[[], Tensor]
     numbers: Numbers | None = None
+    scale: Callable[[], Tensor] | None = None
 
 
 @contextlib.contextmanager
@@ -184,8 +187,14 @@ class _File:
 
     def _float8(self, name: str, scale: str | None) -> Stored:
         kind = self._dtype(name)
+        is_e4m3 = kind == "F8_E4M3" and len(self._shape(name)) == 2
         if scale is None:
-            return replace(self._as_it_is(name), read=lambda: self._read(name).float())
+            stored = replace(self._as_it_is(name), read=lambda: self._read(name).float())
+            return (
+                replace(stored, scale=functools.partial(torch.ones, stored.shape[0]))
+                if is_e4m3
+                else stored
+            )
         rows, numbers = self._shape(name)[0], self._shape(scale)
         if numbers not in ((), (1,), (rows,), (1, 1), (rows, 1)):
             raise WeightsInvalid(
@@ -197,7 +206,10 @@ class _File:
             factor = self._read(scale).float().reshape(-1, *(1,) * (len(self._shape(name)) - 1))
             return self._read(name).float() * factor
 
-        return self._stored(name, f"{kind} with scale", read)
+        stored = self._stored(name, f"{kind} with scale", read)
+        if not is_e4m3:
+            return stored
+        return replace(stored, scale=lambda: self._read(scale).float().flatten().expand(rows))
 
     def _check_spare(self, name: str) -> None:
         if not name.endswith("comfy_quant"):

@@ -78,9 +78,12 @@ class Linear(nn.Linear):
 
     Attributes:
         low_rank: is added to every product. No weight of the module, so it does not move with it.
+        float8_scale: float32 [N]; divided by it, its rows are numbers in float8_e4m3. None where
+            its file did not keep it so.
     """
 
     low_rank: LowRank | None = None
+    float8_scale: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, of [R, K]."""
@@ -134,13 +137,18 @@ class Float8Linear(nn.Module):
     ) -> Float8Linear:
         """`linear`, and what is added to it, in 8-bit floats.
 
-        They are quantised on `device` and kept where `linear` is.
+        They are quantised on `device` and kept where `linear` is. Where its file has 8-bit floats,
+        and nothing is added, they are those: a second rounding would be as large as the first.
         """
         home = linear.weight.device
         weight = linear.weight.detach().to(device)
         if linear.low_rank is not None:
-            weight = linear.low_rank.added_to(weight)
-        values, scale = quantize(weight)
+            values, scale = quantize(linear.low_rank.added_to(weight))
+        elif linear.float8_scale is not None:
+            scale = linear.float8_scale.to(device)[:, None]
+            values = (weight.float() / scale).to(torch.float8_e4m3fn)
+        else:
+            values, scale = quantize(weight)
         return cls(Quantized(values.to(home), scale.to(home)), linear.bias.detach())
 
     def project(self, x: Rows, out: Tensor | None = None) -> Tensor:

@@ -25,8 +25,9 @@ from krea_local import (
     formats,
     weights,
 )
+from krea_local.kernels import PLAIN
 from krea_local.pipeline import Krea
-from krea_local.tensor_names import pieces, to_original
+from krea_local.tensor_names import pieces, to_diffusers, to_original
 
 Tensors = dict[str, Tensor]
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -217,6 +218,33 @@ def test_a_transformer_in_diffusers_layout(
     table = pieces(config.num_layers, config.num_single_layers)
     loaded = krea_local.load(folder, device="cpu", dtype="float32", progress=False)
     assert_equal(transformer_of(loaded), to_original(wanted, table, config.hidden_size))
+
+
+@pytest.mark.parametrize("keep", [as_float8, as_scaled_fp8, as_comfy_quant, as_rows])
+@pytest.mark.parametrize("fused", [True, False])
+def test_levels_in_8_bits_take_a_files_own_8_bit_floats(
+    fused: bool, keep: Keeping, original: Tensors, folder: Path, tiny_folder: Path, krea: Krea
+) -> None:
+    config = krea.engine.transformer.config  # type: ignore[union-attr]
+    table = pieces(config.num_layers, config.num_single_layers)
+    width = config.hidden_size
+    tensors = original if fused else to_diffusers(original, table, width)
+    stored, wanted = keep(tensors)
+    file = folder / "x.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, file)
+    files = {"device": "cpu", "dtype": "bfloat16", "progress": False, "transformer": file}
+    model = krea_local.load(tiny_folder, **files).engine.transformer
+    half = model.in_float8(PLAIN, torch.device("cpu"))
+    wanted = wanted if fused else to_original(wanted, table, width)
+    seen = 0
+    for owner, name in half.large_layers():
+        layer = owner.get_submodule(name)
+        path = next(path for path, module in half.named_modules() if module is layer)
+        found = layer.weight.float() * layer.scale.reshape(-1, 1)
+        exact = wanted[f"{path}.weight"].float()
+        assert torch.equal(found, exact), path  # in bfloat16 they were rounded, and are not now
+        seen += 1
+    assert seen > 4
 
 
 @pytest.mark.parametrize("keep", [as_is, as_float8, as_scaled_fp8, as_rows])
