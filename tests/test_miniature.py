@@ -359,8 +359,6 @@ def test_what_t5_has_to_tell_is_where_things_lie() -> None:
     assert ninths[5] == [shapes.index("star"), colours.index("blue"), 1]
     assert all(ninths[i] == nothing for i in (0, 1, 2, 4, 6, 7, 8))
     assert whole == [1, 1, 2, colours.index("white"), colours.index("pink")]
-    anywhere, _ = reading.facts(scenes.Scene((one,), *ground, "place"))
-    assert anywhere == [[reading.UNKNOWN] * 3] * 9  # the caption does not say
 
 
 def test_a_curve_is_lines_of_json(tmp_path: Path) -> None:

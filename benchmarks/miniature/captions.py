@@ -18,6 +18,7 @@ from krea_local.text import CLIP_TOKENS, T5_TOKENS
 from krea_local.tiny import write_tokenizers
 
 NUMBERS = {2: "two", 3: "three"}
+CENTER = "in the center"  # and where a thing lies whose place is not said
 SYNONYMS = {"gray": "grey", "center": "middle", "picture": "photo", "purple": "violet"}
 
 
@@ -58,7 +59,8 @@ def _things(scene: Scene, random: Random) -> str:
     things = scene.things
     names = [_a(_words(thing.size, thing.colour, thing.shape)) for thing in things]
     if len(things) == 1:
-        return _words(names[0], scene.place)
+        unsaid = scene.place == CENTER and random.random() < 0.5
+        return names[0] if unsaid else _words(names[0], scene.place)
     if len({thing.kind for thing in things}) == 1:
         first = things[0]
         return _words(NUMBERS[len(things)], first.size, first.colour, f"{first.shape}s")

@@ -21,7 +21,7 @@ from benchmarks.miniature.latents import Pictures
 from benchmarks.miniature.scenes import Scene
 from krea_local.sampling import latent_ids, pack
 
-STEPS = 4000
+STEPS = 7000
 THING_WEIGHT = 4.0
 TOKEN = 2 * models.DOWNSAMPLING  # pixels
 TOKENS = 3072  # of pictures, in a batch
@@ -29,7 +29,7 @@ TOKENS = 3072  # of pictures, in a batch
 SMALL_UNTIL = 1400
 # So many noise levels are from here up: what is in near noise can be read from the caption alone.
 # In clearer pictures it can be seen, and captions are not learned.
-HIGH_SHARE, HIGH_FROM = 0.6, 0.85
+HIGH_SHARE, HIGH_FROM = 0.4, 0.85
 FALLING_FROM = 0.6  # of the steps
 NO_CAPTION = 0.1
 DISTILL_STEPS = 300
@@ -97,7 +97,7 @@ class Batch:
 
 def batch(pictures: Pictures, random: Random, *, small: bool) -> Batch:
     sizes = list(pictures)
-    size = SMALL if small or random.random() < 0.3 else random.choice(sizes)
+    size = SMALL if small or random.random() < 0.2 else random.choice(sizes)
     scenes, latents = pictures[size]
     rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
     picked = [random.randrange(len(scenes)) for _ in range(TOKENS // (rows * columns))]

@@ -74,8 +74,6 @@ def facts(scene: Scene) -> tuple[list[list[int]], list[int]]:
     for thing in scene.things:
         look = [SHAPES.index(thing.shape), colours.index(thing.colour), SIZES.index(thing.size)]
         ninths[3 * int(3 * thing.y) + int(3 * thing.x)] = look
-    if scene.arrangement == "place" and not scene.place:  # anywhere: the caption does not say
-        ninths = [[UNKNOWN] * len(OF_NINTHS)] * NINTHS
     whole = [len(scene.things) - 1, ARRANGEMENTS.index(scene.arrangement)]
     whole += [GROUNDS.index(scene.ground)]
     whole += [colours.index(scene.ground_colours[place]) for place in (0, -1)]

@@ -125,14 +125,13 @@ def sample(random: Random, count: int | None = None) -> Scene:
     ]
     if random.random() < 0.2:
         looks = looks[:1] * count
-    place = random.choice(("", *PLACES)) if count == 1 else ""  # "": not said
+    place = random.choice(("", *PLACES)) if count == 1 else ""
     arrangement = "place" if count == 1 else random.choice(("row", "column"))
     same = len(set(looks)) == 1
     if count > 1 and same:
         arrangement = "row"
-    centres = [PLACES[place or random.choice(tuple(PLACES))]]
-    if count > 1:
-        centres = _centres(count, arrangement)
+    place = place or random.choice(tuple(PLACES))
+    centres = _centres(count, arrangement) if count > 1 else [PLACES[place]]
     things = [
         Thing(
             shape,
@@ -143,7 +142,7 @@ def sample(random: Random, count: int | None = None) -> Scene:
         )
         for (shape, colour, size), (x, y) in zip(looks, centres, strict=True)
     ]
-    return Scene(tuple(things), ground, colours, arrangement, place)
+    return Scene(tuple(things), ground, colours, arrangement, place if count == 1 else "")
 
 
 def _stands_out(colour: str, ground: str, ground_colours: tuple[str, ...]) -> bool:
