@@ -369,6 +369,11 @@ def _generate(parsed: argparse.Namespace) -> int:
         parsed.request.parse({**arguments, **prompt}, text=True)
         for prompt in _prompts(given, arguments)
     ]
+    if "loras" in flags:
+        from krea_local.lora_files import find_lora
+
+        for one in flags["loras"]:  # what is not there is better known before the model is loaded
+            find_lora(one["path"], progress="quiet" not in given)
     group = None
     several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
     if several:  # torchrun has started us

@@ -759,3 +759,11 @@ def test_command_line_recipe_and_repetition(
     loud = [one for one in repeat if one != "--quiet"]
     assert cli.main([*loud, "--lora", f"{loras['text']}"]) == cli.OK
     assert "these are not the LoRAs that" in capsys.readouterr().err
+
+
+def test_a_lora_that_is_not_there_is_told_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(cli, "_load")
+    assert cli.main(["txt2img", "a fox", "--lora", "/nowhere.safetensors"]) == cli.WEIGHTS
+    assert "no LoRA '/nowhere.safetensors'" in capsys.readouterr().err
