@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, a hub id, krea, tiny or random-12b")
+    add("model", metavar="MODEL", help="a folder, a hub id, krea, mini, tiny or random-12b")
     add("--prompts", type=Path, metavar="FILE", help="one a line, # starts a comment; or built in")
     add("--limit", type=positive, metavar="N", help="only the first N prompts")
     add("--seeds", type=positive, default=1, metavar="N", help="pictures a prompt: seeds 0 … N-1")

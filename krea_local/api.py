@@ -64,10 +64,11 @@ def load(
     """Read a checkpoint onto the GPU: about 34 GB in bfloat16, 12 B transformer and T5 included.
 
     Args:
-        model: "tiny" (built in, random weights); a folder in the diffusers layout; a single file
-            with a transformer, whose other parts are beside it or where None finds them; "krea",
-            "dev" or "srpo"; or a hub id, which is fetched if it is not in the hub's cache. None:
-            what the variable KREA_LOCAL_MODEL says, else FLUX.1 Krea [dev] if the cache holds it.
+        model: "mini" (built in, trained to draw simple shapes); "tiny" (built in, random weights);
+            a folder in the diffusers layout; a single file with a transformer, whose other parts
+            are beside it or where None finds them; "krea", "dev" or "srpo"; or a hub id, which is
+            fetched if it is not in the hub's cache. None: what the variable KREA_LOCAL_MODEL says,
+            else FLUX.1 Krea [dev] if the cache holds it.
         transformer: a file to take instead of the model's transformer: safetensors in the original
             or diffusers' layout, in floats of 16 or 32 bits, in 8 bits with or without scales, in
             bitsandbytes' 4 bits; or GGUF, which needs the package gguf. All are read into `dtype`.

@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -32,6 +32,7 @@ from krea_local.errors import (
     KreaWarning,
     OutputFailed,
     WeightsError,
+    WeightsNotFound,
 )
 from krea_local.paths import expanded
 from krea_local.schema import (
@@ -59,6 +60,10 @@ EXIT_CODES = """exit codes:
   5 every image was filtered    6 some of several prompts failed    130 interrupted
   143 terminated"""
 MAX_PROMPTS_CHARACTERS = 10_000_000
+STAND_IN = (
+    "no weights of FLUX.1 Krea [dev] here yet: this is drawn with the built-in miniature, which "
+    "knows simple shapes on coloured grounds; `krea-local download` fetches the real model"
+)
 DEBUG_VARIABLE = "KREA_LOCAL_DEBUG"
 EXTENSIONS = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
 # Fields of the API's JSON that say nothing to a command line: the prompt is positional, and
@@ -233,16 +238,19 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--json", action="store_true", help="one line of JSON a prompt on standard output"
     )
-    group.add_argument("--quiet", action="store_true", help="no progress bar, no notices")
+    group.add_argument(
+        "--quiet", action="store_true", help="no progress bar, no notices but the miniature's"
+    )
 
 
 def _add_loading(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
     group.add_argument(
         "--model",
-        help='"tiny" (built in, random weights), a folder, a file with a transformer, "krea", '
-        '"dev", "srpo" or a hub id, which is fetched if need be (default: $KREA_LOCAL_MODEL, else '
-        "FLUX.1 Krea [dev] if it is in the hub's cache)",
+        help='"mini" (built in, draws simple shapes), "tiny" (built in, random weights), a folder, '
+        'a file with a transformer, "krea", "dev", "srpo" or a hub id, which is fetched if need be '
+        "(default: $KREA_LOCAL_MODEL, else FLUX.1 Krea [dev] if it is in the hub's cache, else "
+        "mini)",
     )
     group.add_argument(
         "--transformer",
@@ -325,7 +333,7 @@ def _add_verify(commands: Any) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a folder, or what the hub's cache holds: an alias or a hub id; tiny (default: "
+        help="a folder, or what the hub's cache holds: an alias or a hub id; mini; tiny (default: "
         "$KREA_LOCAL_MODEL, else FLUX.1 Krea [dev])",
     )
     command.add_argument(
@@ -384,7 +392,14 @@ def _generate(parsed: argparse.Namespace) -> int:
     if not first:  # the others help to draw; what there is to say, the first one says
         given["quiet"] = True
         warnings.simplefilter("ignore", KreaWarning)
-    krea = _load(given, given.get("model", repeat and repeat.model), group)
+    model = given.get("model", repeat and repeat.model)
+    more_notices: tuple[str, ...] = ()
+    single = {"transformer", "text_encoder_2"} & given.keys()
+    if model is None and repeat is None and not single and _has_no_weights():
+        model, more_notices = "mini", (STAND_IN,)
+        if first:  # even with --quiet: nobody may take it for the real model's work
+            print(f"krea-local: note: {STAND_IN}", file=sys.stderr)
+    krea = _load(given, model, group)
     if repeat and repeat.made_with != krea.label:
         warnings.warn(
             f"{given['recipe']} was made with {repeat.made_with}, this is {krea.label}",
@@ -397,6 +412,7 @@ def _generate(parsed: argparse.Namespace) -> int:
             result = krea.run(request)
             if first:
                 files = target.write(result, only=len(requests) == 1)
+                result = replace(result, notices=more_notices + result.notices)
                 codes.append(_print(result, files, krea.label, as_json="json" in given))
             else:
                 codes.append(OK)
@@ -411,6 +427,19 @@ def _generate(parsed: argparse.Namespace) -> int:
     if failed:
         return failed[0] if len(failed) == len(codes) else SOME_FAILED
     return FILTERED if FILTERED in codes and OK not in codes else OK
+
+
+def _has_no_weights() -> bool:
+    """Whether nothing names a model, and the default one is not on this machine."""
+    from krea_local import weights
+
+    if os.environ.get(weights.MODEL_VARIABLE):
+        return False
+    try:
+        weights.find(fetch=False)
+    except WeightsNotFound:
+        return True
+    return False
 
 
 def _load(given: dict[str, Any], model: str | None, group: Ulysses | None) -> Krea:
@@ -593,7 +622,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 def _remedy(model: str | None, bad: Sequence[FileCheck]) -> str:
     """What to do about damaged files."""
-    if model == "tiny":
+    if model in ("mini", "tiny"):
         return "what is built in is damaged: install krea_local again"
     # In the cache the content lies under another name, and has to go.
     files = [shlex.quote(str(one.path.resolve())) for one in bad if one.size]

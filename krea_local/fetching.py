@@ -200,7 +200,7 @@ def _find_repo(model: str) -> tuple[Family, str] | None:
     if not isinstance(model, (str, os.PathLike)):
         raise InvalidRequest(f"model={model!r}: should be 'krea', 'dev', 'srpo' or a hub id")
     text = os.fspath(model)
-    if text == "tiny":
+    if text in ("mini", "tiny"):
         raise InvalidRequest(f"model={text!r}: is built in, there is nothing to download")
     if text == SAFETY_CHECKER_REPO:
         return None

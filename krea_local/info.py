@@ -60,7 +60,7 @@ def describe(facts: dict[str, Any]) -> str:
     lines = [f"{name:16} {version}" for name, version in facts["versions"].items()]
     lines.append(f"{'CUDA':16} {facts['cuda'] or 'this PyTorch is built without CUDA'}")
     if not facts["gpus"]:
-        lines.append(f"{'GPU':16} none is seen; model 'tiny' runs on the CPU")
+        lines.append(f"{'GPU':16} none is seen; model 'mini' runs on the CPU")
     for gpu in facts["gpus"]:
         lines.append(
             f"{'GPU ' + str(gpu['index']):16} {gpu['name']}, {gpu['free_gib']:.1f} of "

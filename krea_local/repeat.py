@@ -106,8 +106,8 @@ def _different_loras(
 
 def _at_hand(made_with: str) -> str | None:
     """The model as a folder, from which nothing is fetched; None if it is not all here."""
-    if made_with == "tiny":
-        return "tiny"
+    if made_with in ("mini", "tiny"):
+        return made_with
     if made_with in {family.repo for family in weights.FAMILIES}:
         with contextlib.suppress(WeightsError):
             checkpoint = weights.find(made_with, fetch=False)

@@ -90,6 +90,8 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 )
 """FLUX.1 Krea [dev]'s transformer as others have repackaged it; `weights.md` tells who."""
 
+# The trained miniature, which comes with the package; benchmarks/miniature has how it was made.
+MINI_FOLDER = Path(__file__).parent / "mini"
 SAFETY_CHECKER_REPO = "Falconsai/nsfw_image_detection"
 SAFETY_CHECKER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 MODEL_VARIABLE = "KREA_LOCAL_MODEL"
@@ -119,7 +121,7 @@ class Checkpoint:
     """Where a model's files are.
 
     Attributes:
-        label: what recipes call it: the hub id, "tiny", or the folder's name.
+        label: what recipes call it: the hub id, "mini", "tiny", or the folder's name.
         family: whose defaults it has.
         folder: the diffusers layout.
         transformer_file: a transformer outside `folder`, or None.
@@ -146,7 +148,7 @@ def find(
     """Find the files of `model`, fetching them only if it is named and lives on the hub.
 
     Args:
-        model: "tiny"; "krea", "dev", "srpo" (folders of these names are "./dev" …); a
+        model: "mini"; "tiny"; "krea", "dev", "srpo" (folders of these names are "./dev" …); a
             folder; a hub id; a file with a transformer, whose other parts are then looked for
             beside it or where None finds them; or None for what the variable KREA_LOCAL_MODEL says,
             else FLUX.1 Krea [dev] if the hub's cache holds it.
@@ -194,6 +196,8 @@ def _find(
     text = os.fspath(model)
     if text == "tiny":
         return Checkpoint(label="tiny", family=KREA, folder=_tiny_folder())
+    if text == "mini":
+        return Checkpoint(label="mini", family=KREA, folder=MINI_FOLDER)
     on_hub = find_repo(text)
     if on_hub is None:
         return _find_folder(expanded(text))
@@ -217,7 +221,9 @@ def find_repo(model: str) -> tuple[Family, str] | None:
     _refuse_by_name(repo)
     if "/" not in repo:
         names = ", ".join(repr(known.alias) for known in FAMILIES)
-        raise WeightsNotFound(f"no model {model!r}: give a folder, a hub id, {names} or 'tiny'")
+        raise WeightsNotFound(
+            f"no model {model!r}: give a folder, a hub id, {names}, 'mini' or 'tiny'"
+        )
     return family or _guess_family(repo), repo
 
 
@@ -265,8 +271,8 @@ def find_safety_checker(checkpoint: Checkpoint, source: str | os.PathLike[str]) 
     Raises:
         WeightsNotFound: none of them, with the ways out.
     """
-    own = checkpoint.folder / "safety_checker"
     text = os.fspath(source)
+    own = checkpoint.folder / "safety_checker"
     if own.is_dir() and text == SAFETY_CHECKER_REPO:
         return own
     folder = expanded(text)
@@ -336,7 +342,7 @@ def _find_default(apart: tuple[str, ...]) -> Checkpoint:
         raise WeightsNotFound(
             f"no weights of {KREA.name} on this machine. To fetch its 33.7 GB: `krea-local "
             f"download`, or name it: model='{KREA.alias}' (--model {KREA.alias}). To use a folder, "
-            f"name that, or set {MODEL_VARIABLE}. To try without weights: model='tiny' (weights.md "
+            f"name that, or set {MODEL_VARIABLE}. To try without weights: model='mini' (weights.md "
             "has the details)"
         ) from error
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import krea_local
-from krea_local import cli
+from krea_local import cli, weights
 from krea_local.recipe import read_recipe, with_recipe
 from krea_local.schema import Img2ImgRequest, Txt2ImgRequest
 
@@ -37,8 +37,38 @@ def one_model(krea: krea_local.Krea, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return krea
 
     monkeypatch.setattr(krea_local.api, "load", load)
+    monkeypatch.setattr(cli, "_has_no_weights", lambda: False)
     monkeypatch.chdir(tmp_path)
     return loads
+
+
+has_no_weights = cli._has_no_weights
+
+
+@pytest.mark.parametrize("more", [[], ["--quiet"]])
+def test_without_weights_the_miniature_draws_and_says_so(
+    more: list[str],
+    one_model: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nothing(*_: object, **__: object) -> None:
+        raise krea_local.WeightsNotFound("not in the hub's cache")
+
+    monkeypatch.setattr(cli, "_has_no_weights", has_no_weights)
+    monkeypatch.setattr(weights, "find_on_hub", nothing)
+    assert cli.main(["txt2img", "a red square", "--json", *more, *QUICK]) == 0
+    assert one_model[-1][0] == "mini"
+    answer, said = capsys.readouterr()
+    assert "no weights of FLUX.1 Krea [dev] here yet" in said
+    assert "`krea-local download` fetches the real model" in said
+    assert any("miniature" in notice for notice in json.loads(answer)["notices"])
+    # Whoever names a model gets that or an error.
+    assert cli.main(["txt2img", "a red square", "--model", "krea", *QUICK]) == 0
+    monkeypatch.setenv("KREA_LOCAL_MODEL", "krea")
+    assert cli.main(["txt2img", "a red square", *QUICK]) == 0
+    assert [model for model, _ in one_model[-2:]] == ["krea", None]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", [None, "txt2img", "img2img", "download", "verify", "tiny", "info"])

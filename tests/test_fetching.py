@@ -484,6 +484,7 @@ def test_a_full_disk_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     ("model", "error", "message"),
     [
         ("tiny", InvalidRequest, "'tiny': is built in"),
+        ("mini", InvalidRequest, "'mini': is built in"),
         (3, InvalidRequest, "model=3: should be"),
         ("/tmp", InvalidRequest, "'/tmp': is a path"),
         ("nothing", WeightsNotFound, "no model 'nothing'"),

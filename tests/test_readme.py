@@ -17,6 +17,7 @@ from krea_local.schema import PRESETS
 from krea_local.weights import FAMILIES
 
 ROOT = Path(__file__).parents[1]
+REAL_LOAD = krea_local.load
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -39,7 +40,8 @@ def small_model(
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_two_commands_install_then_draw_and_test() -> None:
+def test_the_two_commands_install_then_draw_and_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(krea_local.api, "load", REAL_LOAD)  # the miniature is quick enough
     draw, test = blocks("sh")[:2]
     for command in (draw, test):
         assert command.count("\n") == 1  # one command each
@@ -48,7 +50,9 @@ def test_the_two_commands_install_then_draw_and_test() -> None:
     assert arguments[0] == ".venv/bin/krea-local"
     # Fewer steps, only to save time: .ci/run runs the two commands as they stand there.
     assert cli.main([*arguments[1:], "--num-inference-steps", "4"]) == 0
-    assert Path("fox.jpeg").stat().st_size > 10_000
+    with Image.open("scene.jpeg") as scene:
+        assert scene.size == PRESETS["landscape_4_3"]
+        assert scene.getpixel((5, 5)) == pytest.approx((250, 250, 247), abs=12)  # white
     assert test.rstrip().endswith(".venv/bin/python -m pytest")
 
 

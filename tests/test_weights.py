@@ -63,7 +63,7 @@ def test_the_variable_sets_the_default(tiny_folder: Path, monkeypatch: pytest.Mo
 
 def test_without_a_name_nothing_is_fetched_and_every_way_is_told() -> None:
     with pytest.raises(
-        WeightsNotFound, match=r"33.7 GB.*`krea-local download`.*KREA_LOCAL_MODEL.*model='tiny'"
+        WeightsNotFound, match=r"33.7 GB.*`krea-local download`.*KREA_LOCAL_MODEL.*model='mini'"
     ):
         weights.find()
 
@@ -218,7 +218,7 @@ except krea_local.WeightsNotFound as error:
         )
         assert "is not in the hub's cache" in named.stdout, named.stderr
     assert "enable_safety_checker=False" in answer.stdout, answer.stderr
-    assert "model='tiny'" in answer.stdout
+    assert "model='mini'" in answer.stdout
     assert hub.asked == []
 
 

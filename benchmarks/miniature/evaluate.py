@@ -316,7 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.miniature.evaluate", description=__doc__
     )
-    parser.add_argument("model", metavar="MODEL", help="the checkpoint: a folder")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default="mini", help="a folder (default: mini)"
+    )
     parser.add_argument("--dtype", default="auto", help="bfloat16, float32 (default: as load's)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument(
