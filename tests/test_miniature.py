@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -12,7 +13,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image
+from torch import Tensor
 
 from benchmarks.miniature import (
     autoencoder,
@@ -223,6 +226,23 @@ def test_one_padding_stands_for_all(model: flow.Model) -> None:
     )
     assert short.abs().mean() > 0.1
     torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-5)
+
+
+def test_distillation_begins_with_what_the_teacher_knows(model: flow.Model) -> None:
+    student = copy.deepcopy(model.transformer)
+    flow.begin_alike(student)
+    noise = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(0))
+    sigma, text = torch.tensor([0.7]), model.encoders(["a red ring"])
+
+    def drawn(transformer: FluxTransformer2DModel, scale: float) -> Tensor:
+        with torch.no_grad():
+            return flow.velocity(transformer, noise, sigma, text, 3, 4, torch.tensor([scale]))
+
+    for scale in (1.0, 4.5, 20.0):
+        torch.testing.assert_close(drawn(student, scale), drawn(model.transformer, 1.0))
+    student.time_text_embed.guidance_embedder.linear_2.weight.data.normal_()
+    near, far = (drawn(student, scale) - drawn(student, 4.5) for scale in (4.6, 20.0))
+    assert near.square().mean() < far.square().mean() / 10
 
 
 @torch.no_grad()
