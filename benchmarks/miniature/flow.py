@@ -32,8 +32,8 @@ SMALL_UNTIL = 1400
 HIGH_SHARE, HIGH_FROM = 0.4, 0.85
 FALLING_FROM = 0.6  # of the steps
 NO_CAPTION = 0.1
-DISTILL_STEPS = 300
-DISTILL_SHARE = 0.1  # of the rates: the student begins as its teacher
+DISTILL_STEPS = 500
+DISTILL_SHARE = 0.3  # of the rates
 GUIDANCE = (1.0, 20.0)
 # The teacher follows captions best at 1 to 1.5, less below, and pictures burn beyond 3. So it is
 # asked for 0.7 where the student is for 1, for 1.4 at 4.5, and for 3 at 20.
