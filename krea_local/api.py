@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypedDict, get_args
 
 from krea_local.errors import (
     DeviceUnavailable,
@@ -270,7 +270,7 @@ def txt2img(
     `model` is as in `load`, which has more to choose from. Raises as `load` and `Krea.txt2img` do.
     """
     request = Txt2ImgRequest.from_call(locals())
-    return _kept(model).run(request, on_step=on_step, stacklevel=3)
+    return kept(model).run(request, on_step=on_step, stacklevel=3)
 
 
 @documented(Img2ImgRequest)
@@ -296,29 +296,58 @@ def img2img(
     `model` is as in `load`, which has more to choose from. Raises as `load` and `Krea.img2img` do.
     """
     request = Img2ImgRequest.from_call(locals())
-    return _kept(model).run(request, on_step=on_step, stacklevel=3)
+    return kept(model).run(request, on_step=on_step, stacklevel=3)
 
 
-# The one model that `txt2img` and `img2img` keep between calls, by the name it was asked for.
+# The one model that is kept between calls, by the name it was asked for.
 _kept_models: dict[str, Krea] = {}
 _keeping = threading.Lock()
 
 
-def _kept(model: str | os.PathLike[str] | None) -> Krea:
+class LoadOptions(TypedDict, total=False):
+    """Keywords of `load` that a model is kept with, beside its name."""
+
+    transformer: str | os.PathLike[str] | None
+    text_encoder_2: str | os.PathLike[str] | None
+    device: str | torch.device
+    dtype: str | torch.dtype
+    memory: str | None
+    offload: str | None
+    acceleration: str
+    engine: EngineName
+    compile: bool
+    safety_checker: str | os.PathLike[str]
+    safety_threshold: float
+    batch_size: int
+    progress: bool
+    token: str | None
+
+
+def kept(model: str | os.PathLike[str] | None, options: LoadOptions | None = None) -> Krea:
+    """The model of that name, loaded now unless it is the one that was used last."""
     name = os.fspath(model) if model is not None else os.environ.get(MODEL_VARIABLE, "")
+    options = options or {}
+    key = f"{name} {options}" if options else name
     with _keeping:
-        if name not in _kept_models:
+        if key not in _kept_models:
             from krea_local import loading, weights
 
             # Before the model that is kept is given up, see that there is another.
-            with _loading, weights.hub_bars(show=True):
-                loading.check_layout(weights.find(name or None))
+            with _loading, weights.hub_bars(show=options.get("progress", True)):
+                loading.check_layout(
+                    weights.find(
+                        name or None,
+                        transformer=options.get("transformer"),
+                        text_encoder_2=options.get("text_encoder_2"),
+                        token=options.get("token"),
+                    )
+                )
             for other in _kept_models.values():
                 other.wait_until_idle()
                 del other  # or it would be there until the new model is
             _kept_models.clear()  # first, so that two models do not share the GPU
-            _kept_models[name] = load(name or None)
-        return _kept_models[name]
+            _kept_models[key] = load(name or None, **options)
+        return _kept_models[key]
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -3,6 +3,7 @@
     KreaError
     ├── InvalidRequest (ValueError)          a parameter is missing, unknown or out of range
     │   └── InvalidImage                     the input image cannot be read or is too large
+    ├── UnknownEndpoint (LookupError)        the hosted API has it, or not; this library does not
     ├── WeightsError
     │   ├── WeightsNotFound (FileNotFoundError)   a model, component or file is not there
     │   ├── WeightsInvalid (ValueError)           a file is truncated, mismatched or a pickle
@@ -44,6 +45,10 @@ class InvalidRequest(KreaError, ValueError):
 
 class InvalidImage(InvalidRequest):
     """The input image cannot be found, fetched, decoded, or is larger than allowed."""
+
+
+class UnknownEndpoint(KreaError, LookupError):
+    """No endpoint of that name is here, or its model is not loaded."""
 
 
 class WeightsError(KreaError):

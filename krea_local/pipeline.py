@@ -90,10 +90,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STAGES: dict[type[Txt2ImgRequest | Img2ImgRequest], tuple[Stage, ...]] = {
-    Txt2ImgRequest: ("text", "denoise", "decode", "safety"),
-    Img2ImgRequest: ("text", "encode", "denoise", "decode", "safety"),
-}
+TXT2IMG_STAGES: tuple[Stage, ...] = ("text", "denoise", "decode", "safety")
+IMG2IMG_STAGES: tuple[Stage, ...] = ("text", "encode", "denoise", "decode", "safety")
 CACHED_PROMPTS = 8  # 4 MB each
 TAKE_TURNS = ("model", "blocks")
 FREE_IT = "make the image smaller, or free the GPU"
@@ -568,20 +566,22 @@ class Krea:
         start = time.perf_counter()
         checker = self._checker() if request.enable_safety_checker else None
         width, height = size
-        steps = request.num_inference_steps
+        steps, stages = request.num_inference_steps, TXT2IMG_STAGES
         if isinstance(request, Img2ImgRequest):
-            steps = steps_to_run(steps, request.strength)
+            steps, stages = steps_to_run(steps, request.strength), IMG2IMG_STAGES
         pieces = 1 + (input_image is not None) + (checker is not None)
         total = request.num_images * (steps + 1) + pieces
         call = Call(
             num_images=request.num_images,
             num_steps=steps,
+            width=width,
+            height=height,
             cancelled=self._cancelled,
             on_step=on_step,
             bar=Bar(total, show=self.progress),
             total=total,
             wait=self._wait,
-            timings=dict.fromkeys(STAGES[type(request)], 0.0),
+            timings=dict.fromkeys(stages, 0.0),
             notices=notices,
         )
         try:

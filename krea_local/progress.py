@@ -35,6 +35,8 @@ class Progress:
         num_images: images of the call.
         fraction: share of the whole call that is done, 0 … 1; steps count alike.
         latents: packed latents [B, S, 64] after this step, on the device; None outside `denoise`.
+        width: of each image, in pixels.
+        height: likewise.
     """
 
     stage: Stage
@@ -44,6 +46,8 @@ class Progress:
     num_images: int
     fraction: float
     latents: Tensor | None = None
+    width: int = 0
+    height: int = 0
 
 
 OnStep = Callable[[Progress], None]
@@ -90,6 +94,8 @@ class Call:
     Attributes:
         num_images: images of the call.
         num_steps: denoising steps that each image takes.
+        width: of each image, in pixels.
+        height: likewise.
         total: pieces of work in all: steps of every image, and each other stage.
         cancelled: set from another thread to stop the call.
         wait: waits for the GPU, so that a stage's time is its own.
@@ -101,6 +107,8 @@ class Call:
 
     num_images: int
     num_steps: int
+    width: int
+    height: int
     total: int
     cancelled: threading.Event
     wait: Callable[[], None]
@@ -130,6 +138,8 @@ class Call:
                     num_images=self.num_images,
                     fraction=self.done / self.total,
                     latents=latents,
+                    width=self.width,
+                    height=self.height,
                 )
             )
         self._check()

@@ -285,7 +285,12 @@ class _Request(BaseModel):
 
     @classmethod
     def parse(
-        cls, arguments: Mapping[str, object], *, text: bool = False, wire: bool = False
+        cls,
+        arguments: Mapping[str, object],
+        *,
+        text: bool = False,
+        wire: bool = False,
+        local: bool = False,
     ) -> Self:
         """Validate `arguments`, by name.
 
@@ -294,6 +299,7 @@ class _Request(BaseModel):
             text: the values came from a command line: numbers may be strings.
             wire: the arguments came over the network: numbers may be strings, unknown names are
                 ignored as the hosted API does, an image must be a URL and never a path.
+            local: with `wire`, they are this process's own: paths, bytes and PIL images are fine.
 
         Raises:
             InvalidRequest: names every offending parameter, its value and the rule.
@@ -303,7 +309,7 @@ class _Request(BaseModel):
                 dict(arguments),
                 strict=not (text or wire),
                 extra="ignore" if wire else "forbid",
-                context={"wire": wire},
+                context={"wire": wire and not local},
             )
         except ValidationError as error:
             faults = [_plain(dict(fault)) for fault in error.errors(include_url=False)]

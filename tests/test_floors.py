@@ -14,8 +14,8 @@ FLOORS = [
     {"errors", "_version"},
     {"paths"},
     {"schema", "recipe", "sampling", "progress", "tiny", "kernels", "attention"},
-    {"tensor_names", "checksums"},
-    {"images", "weights", "memory", "result", "layers", "vae"},
+    {"tensor_names", "checksums", "preview"},
+    {"images", "weights", "memory", "result", "layers", "vae", "endpoints"},
     {"plan"},
     {"streaming"},
     {"files", "transformer", "transfer"},
@@ -28,7 +28,8 @@ FLOORS = [
     {"adapting"},
     {"pipeline"},
     {"api", "info", "repeat"},
-    {"cli", "__init__"},
+    {"server"},
+    {"cli", "__init__", "fal_client"},
     {"__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -12,6 +12,7 @@ from PIL import Image
 import krea_local
 from benchmarks.miniature import evaluate, scenes
 from benchmarks.miniature.judge import nearest, things
+from krea_local.preview import preview_image
 from krea_local.recipe import read_recipe
 from krea_local.schema import PRESETS
 from krea_local.weights import COMPONENTS, FOLDERS, MINI_FOLDER
@@ -112,6 +113,20 @@ def test_strength_goes_from_the_input_to_the_prompt(mini: krea_local.Krea) -> No
 def test_it_has_a_checker_so_that_screening_need_not_be_switched_off(mini: krea_local.Krea) -> None:
     result = mini.txt2img("a red heart on a pink background", num_inference_steps=1, seed=0)
     assert result.has_nsfw_concepts == (False,)
+
+
+def test_a_preview_shows_its_colours(mini: krea_local.Krea) -> None:
+    seen = []
+    mini.txt2img(
+        "a large red circle on a yellow background",
+        **QUICK | {"seed": 1, "image_size": "square"},  # type: ignore[arg-type]
+        on_step=lambda progress: seen.append(progress.latents),
+    )
+    latents = [one for one in seen if one is not None][-1]
+    image = preview_image(latents, width=512, height=512, multiple=mini.size_multiple)
+    assert corner(evaluate.pixels_of(image)) == "yellow"
+    red, green, blue = image.getpixel((256, 256))
+    assert red > 2 * max(green, blue)
 
 
 def test_its_label_is_in_the_recipe(mini: krea_local.Krea, tmp_path: Path) -> None:
