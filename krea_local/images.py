@@ -56,11 +56,15 @@ class InputImage:
     notices: tuple[str, ...]
 
 
-def open_image(source: ImageSource) -> InputImage:
+def open_image(source: ImageSource, *, formats: tuple[str, ...] = FORMATS) -> InputImage:
     """Read an image from wherever it is.
 
     EXIF rotation is applied, transparency is laid on white, the first frame of an animation is
     taken, 16-bit grey is scaled to 8, CMYK and palettes become RGB.
+
+    Args:
+        source: where it is, or what.
+        formats: those of FORMATS that are read; of bytes only, all else knows FORMATS.
 
     Raises:
         InvalidImage: not there, too slow, over 50 MiB, over 32 megapixels, or not an image.
@@ -68,13 +72,13 @@ def open_image(source: ImageSource) -> InputImage:
     if isinstance(source, Image.Image):
         return _upright_rgb(source, name="", origin="image_url (PIL image)")
     if isinstance(source, bytes):
-        return _decode(source, name="", origin="image_url (bytes)")
+        return _decode(source, name="", origin="image_url (bytes)", formats=formats)
     text = os.fspath(source)
     if isinstance(text, bytes):
         text = os.fsdecode(text)
     scheme = text.split(":", 1)[0].lower() if ":" in text else ""
     if scheme == "data":
-        return _decode(_data_uri(text), name="", origin="image_url (data URI)")
+        return _decode(read_data_uri(text), name="", origin="image_url (data URI)")
     if scheme in ("http", "https"):
         name = _public_name(text)
         return _decode(_fetch(text, name), name=name, origin=f"image_url {name}")
@@ -127,7 +131,12 @@ def _read_file(path: Path) -> bytes:
     return data
 
 
-def _data_uri(uri: str) -> bytes:
+def read_data_uri(uri: str) -> bytes:
+    """The bytes that a data URI carries.
+
+    Raises:
+        InvalidImage: it is none, or holds more than 50 MiB.
+    """
     head, comma, payload = uri.partition(",")
     if not comma:
         raise InvalidImage("image_url: a data URI needs a comma before its data")
@@ -208,7 +217,9 @@ def _download(url: str, shown: str) -> bytes:
     return bytes(data)
 
 
-def _decode(data: bytes, *, name: str, origin: str) -> InputImage:
+def _decode(
+    data: bytes, *, name: str, origin: str, formats: tuple[str, ...] = FORMATS
+) -> InputImage:
     if len(data) > MAX_FILE_BYTES:
         raise InvalidImage(f"{origin}: is over {MAX_FILE_BYTES // 2**20} MiB, the limit")
     if not data:
@@ -217,13 +228,13 @@ def _decode(data: bytes, *, name: str, origin: str) -> InputImage:
         # Pillow warns of large images; our own limit is lower. It also warns of odd metadata.
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_pixels(image, origin)
                 return _upright_rgb(image, name=name, origin=origin)
         except InvalidImage:
             raise
         except UnidentifiedImageError as error:
-            known = ", ".join(FORMATS)
+            known = ", ".join(formats)
             raise InvalidImage(f"{origin}: is not an image ({known} are read)") from error
         except Exception as error:
             raise _undecodable(origin, error) from error
