@@ -18,6 +18,7 @@ os.environ.pop("HF_TOKEN", None)
 
 import pytest
 from hypothesis import HealthCheck, settings
+from serving import server  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
     import torch
