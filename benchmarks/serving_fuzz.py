@@ -1,6 +1,6 @@
 """Requests made up from our own OpenAPI document, against a real server: none may be a 5xx.
 
-    python benchmarks/serving_fuzz.py [cases an operation]
+    python -m benchmarks.serving_fuzz [cases an operation]
 
 Needs the extra `server` and schemathesis. The tiny model draws, so it runs anywhere. Calls that
 draw at once (`/run`) are left out, since what is made up may take minutes to draw; submitting is

@@ -1,4 +1,4 @@
-"""A rough picture of latents while they are still being denoised, for a few hundred microseconds.
+"""A rough picture of latents while they are still being denoised, for a few milliseconds.
 
 A linear map from FLUX.1's sixteen latent channels (or the miniature's) to colours, one pixel a
 latent, instead of the VAE. Knows nothing of requests, models or where the picture is shown.

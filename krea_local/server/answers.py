@@ -53,11 +53,7 @@ def answer(body: object, status: int = 200, headers: Mapping[str, str] | None = 
 
 def refused(path: str, error: HttpError, headers: Mapping[str, str] | None = None) -> Response:
     """The answer for `error`, in the form that callers of `path` know."""
-    sent = dict(headers or {})
-    if error.error_type:
-        sent["x-fal-error-type"] = error.error_type
-        if error.error_type == "request_timeout":
-            sent["x-fal-request-timeout-type"] = "user"
+    sent = {**error.headers, **(headers or {})}
     if path.startswith("/v1/"):
         return answer(openai_error(error), openai_status(error), sent)
     return answer(shortened(error.body), error.status, sent)

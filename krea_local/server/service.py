@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from krea_local import weights
-from krea_local.endpoints import Endpoint, Request
+from krea_local.endpoints import NOT_STARTED_IN_TIME, Endpoint, Request
 from krea_local.errors import InvalidImage, InvalidRequest, KreaError, OutputFailed
 from krea_local.schema import Img2ImgRequest, Lora
 from krea_local.server.board import Board
@@ -306,9 +306,9 @@ class Service:
         waiting = self._board.queue.get(id)
         # One that had started, and waits again after a crash, is not late.
         if waiting is not None and waiting.start_by is not None and not self._stopping:
-            text = "Request timed out: it did not start in time"
-            body = {"detail": text, "error_type": "request_timeout"}
-            self._spawn(self._fail_waiting(id, Failure(504, "request_timeout", body), text))
+            late = NOT_STARTED_IN_TIME
+            failure = Failure(late.status, late.error_type, dict(late.body))
+            self._spawn(self._fail_waiting(id, failure, str(late.body["detail"])))
 
     async def _fail_waiting(self, id: str, failure: Failure, reason: str) -> None:
         if self._board.queue.remove(id) is not None:

@@ -340,7 +340,9 @@ function askForKey(wasWrong) {
     ask("key").value = "";
     ask("key-form").onsubmit = (event) => {
       event.preventDefault();
-      if (ask("key").value.trim()) dialog.close();
+      // No server takes others, and fetch cannot send them.
+      if (/^[!-~]+$/.test(ask("key").value.trim())) dialog.close();
+      else say(ask("key-error"), "That is not the key.");
     };
     dialog.oncancel = () => {
       ask("key").value = "";
