@@ -370,7 +370,7 @@ def test_a_prompt_of_markup_is_shown_as_text(page: Page, site: Stub) -> None:
 
 
 def test_a_server_with_a_key_asks_for_it_once(browser: Browser, site: Stub) -> None:
-    site.api_key = "open sesame"
+    site.api_key = "open-sesame"
     visit = Visit(browser, site.url)
     visit.allowed.append("401")
     page = visit.page
@@ -379,7 +379,7 @@ def test_a_server_with_a_key_asks_for_it_once(browser: Browser, site: Stub) -> N
     page.get_by_role("textbox", name="Key").fill("wrong")
     page.keyboard.press("Enter")
     expect(dialog.get_by_text("That is not the key.")).to_be_visible()
-    page.get_by_role("textbox", name="Key").fill("open sesame")
+    page.get_by_role("textbox", name="Key").fill("open-sesame")
     page.keyboard.press("Enter")
     expect(dialog).not_to_be_visible()
     draw(page, "With a key")
