@@ -52,6 +52,11 @@ class Http(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """A client is there, and has to begin."""
         super().connection_made(transport)
+        # A head and its body are two packets: with Nagle's algorithm the second waits for the
+        # client's word on the first, 40 ms. asyncio sees to that for sockets that it binds itself.
+        own = transport.get_extra_info("socket")
+        if own is not None:
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
