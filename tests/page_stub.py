@@ -131,10 +131,13 @@ class Stub(ThreadingHTTPServer):
         return f"/files/{name}"
 
     def add(self, endpoint: str, values: dict[str, Any]) -> dict[str, Any]:
-        if str(values.get("image_url", "")).startswith("/files/"):
-            values = {**values, "image_url": self.url.rstrip("/") + values["image_url"]}
+        upload = str(values.get("image_url", ""))
+        if upload.startswith("/files/"):
+            values = {**values, "image_url": self.url.rstrip("/") + upload}
         request = ENDPOINTS[endpoint].parse(values).with_seed()
         arguments = json.loads(request.model_dump_json(exclude_none=True))
+        if upload.startswith("/files/"):
+            arguments["image_url"] = upload
         with self.news:
             job = {
                 "id": secrets.token_hex(8), "endpoint": endpoint, "state": "queued",

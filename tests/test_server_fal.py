@@ -491,6 +491,13 @@ def test_realtime_draws_call_after_call(fal: Any) -> None:
                 connection.recv()
             connection.send(FOX)
             assert connection.recv()["seed"] == 7
+    with fal.realtime(KREA) as connection:
+        connection.send({**FOX, "num_inference_steps": 50})
+        connection.send(FOX)
+        connection.send({**FOX, "prompt": "x" * 2**21})
+        with pytest.raises(fal_client.client.RealtimeError, match="2 calls|1 calls"):
+            connection.recv()
+        assert connection.recv()["seed"] == 7
     with fal.realtime("fal-ai/flux/dev") as connection:
         connection.send(FOX)
         with pytest.raises(fal_client.client.RealtimeError, match="--model dev"):

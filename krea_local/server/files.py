@@ -35,6 +35,12 @@ def content_type(data: bytes) -> str | None:
     return None
 
 
+def harmless_name(name: str) -> str:
+    """A file name without folders, and without what a shell, a browser or a terminal obeys."""
+    name = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return re.sub(r"[^\w. -]+", "_", name).strip(". ")[:100]
+
+
 class Files:
     """A folder of files by id.
 

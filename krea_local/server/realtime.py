@@ -24,6 +24,7 @@ from krea_local.server.web import Web
 
 NOT_POSSIBLE = 1011  # as websockets number it
 MOST_WAITING = 8  # messages of one connection
+LARGE = 2**20  # bytes; a message of more waits alone, or not at all
 
 
 def add_routes(app: FastAPI, web: Web) -> None:
@@ -67,8 +68,10 @@ def _route(web: Web, endpoint: Endpoint) -> Any:
 async def _listen(socket: WebSocket, asked: asyncio.Queue[Any]) -> None:
     """Take what is sent, also while a call is drawn; ends when the client is gone."""
     while (message := await socket.receive())["type"] != "websocket.disconnect":
-        if asked.full():
-            await _tell(socket, "TOO_MANY", f"{MOST_WAITING} calls wait already")
+        size = len(message.get("bytes") or message.get("text") or "")
+        if asked.full() or (size > LARGE and not asked.empty()):
+            text = f"{asked.qsize()} calls wait already; send one of {size} bytes when they do not"
+            await _tell(socket, "TOO_MANY", text)
         else:
             asked.put_nowait(message)
 

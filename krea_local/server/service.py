@@ -27,7 +27,7 @@ from krea_local.server.dialling import Rules
 from krea_local.server.dispatch import Dispatcher
 from krea_local.server.facts import Cancelling, Event, QueueFull, Unavailable, WorkerFacts
 from krea_local.server.fetch import FetchFailed, ImageCheck, fetch_image
-from krea_local.server.files import new_id
+from krea_local.server.files import harmless_name, new_id
 from krea_local.server.jobs import FINISHED, Failure, Job, Log, StoredFile
 from krea_local.server.settings import Settings
 from krea_local.server.store import Store
@@ -186,26 +186,26 @@ class Service:
         if self.queue_length + self._arriving >= self.settings.max_queue:
             raise QueueFull(self._dispatcher.until_one_more_starts())
         now = time.time()
-        job = Job(
-            id=str(uuid.uuid4()),
-            endpoint=endpoint.id,
-            arguments=self._arguments(endpoint, request, image),
-            state="queued",
-            created=now,
-            webhook=webhook,
-        )
-        waiting = Waiting(
-            low_priority=low_priority,
-            start_by=None if start_within is None else now + start_within,
-            source=image if isinstance(image, str) else None,
-            input=image.id if isinstance(image, StoredFile) else None,
-        )
         self._arriving += 1
         try:
             owned = []
             if isinstance(image, bytes):
-                owned.append(await self._store_image(image, "input"))
-                waiting = replace(waiting, input=owned[0].id)
+                image = await self._store_image(image, "input")
+                owned.append(image)
+            job = Job(
+                id=str(uuid.uuid4()),
+                endpoint=endpoint.id,
+                arguments=self._arguments(endpoint, request, image),
+                state="queued",
+                created=now,
+                webhook=webhook,
+            )
+            waiting = Waiting(
+                low_priority=low_priority,
+                start_by=None if start_within is None else now + start_within,
+                source=image if isinstance(image, str) else None,
+                input=image.id if isinstance(image, StoredFile) else None,
+            )
             # Shielded: who asks may go away, but what is on the disk must be in the queue too.
             await asyncio.shield(self._add(job, waiting, owned))
         finally:
@@ -223,7 +223,7 @@ class Service:
         self._expect(job.id)
 
     def _arguments(
-        self, endpoint: Endpoint, request: Request, image: bytes | StoredFile | str | None
+        self, endpoint: Endpoint, request: Request, image: StoredFile | str | None
     ) -> dict[str, object]:
         """The request as JSON, all fixed in it that a later attempt might find otherwise."""
         request = request.with_seed()
@@ -237,7 +237,10 @@ class Service:
         arguments = request.model_dump(mode="json", exclude={"image_url"})
         if isinstance(request, Img2ImgRequest):
             assert image is not None, "an image to redraw"
-            arguments["image_url"] = _shown(image)
+            if isinstance(image, StoredFile):
+                arguments["image_url"] = f"/files/{image.id}"
+            else:
+                arguments["image_url"] = image[:LONGEST_URL_SHOWN]
         return arguments
 
     def _expect(self, id: str) -> None:
@@ -390,7 +393,7 @@ class Service:
             Unavailable: the disk is full.
         """
         self._refuse_if_unavailable()
-        file = await self._store_image(data, _harmless(name), id)
+        file = await self._store_image(data, harmless_name(name) or "upload", id)
         try:
             await self._store.add_upload(file)
         except sqlite3.IntegrityError:  # the same promised file twice at once: the first one counts
@@ -468,14 +471,6 @@ def _alias(settings: Settings) -> str:
     return weights.KREA.alias
 
 
-def _shown(image: bytes | StoredFile | str) -> str:
-    if isinstance(image, bytes):
-        return "data:"
-    if isinstance(image, StoredFile):
-        return f"/files/{image.id}"
-    return image[:LONGEST_URL_SHOWN]
-
-
 def _not_loaded(url: str) -> Failure:
     fault = {
         "loc": ["body", "image_url"],
@@ -483,9 +478,3 @@ def _not_loaded(url: str) -> Failure:
         "type": "file_download_error",
     }
     return Failure(422, None, {"detail": [fault]})
-
-
-def _harmless(name: str) -> str:
-    """A file name without what could lead anywhere or break a header."""
-    kept = "".join(one for one in Path(name).name if one.isprintable() and one not in '"\\/')
-    return kept[:100] or "upload"

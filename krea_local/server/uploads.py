@@ -6,7 +6,6 @@ A file is looked up by its unguessable id and by nothing else. Knows nothing of 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from starlette.responses import FileResponse, Response
 from krea_local.images import MAX_FILE_BYTES
 from krea_local.server import answers, calls
 from krea_local.server.answers import Refusal, answer
-from krea_local.server.files import new_id
+from krea_local.server.files import harmless_name, new_id
 from krea_local.server.guard import TOKEN_SECONDS, Keys
 from krea_local.server.jobs import StoredFile
 from krea_local.server.web import Web
@@ -56,13 +55,13 @@ def add_routes(app: FastAPI, web: Web, keys: Keys) -> None:
     @router.post("/cdn/files/upload", include_in_schema=False)
     async def upload(request: HttpRequest) -> Response:
         name = request.headers.get("x-fal-file-name", "")
-        file = await web.service.store_upload(await read_file(request), _harmless(name))
+        file = await web.service.store_upload(await read_file(request), name)
         return answer({"access_url": answers.file_url(answers.base_url(web, request), file)})
 
     @router.post("/rest/storage/upload/initiate", include_in_schema=False)
     async def initiate(request: HttpRequest) -> Response:
         asked = await calls.read_object(request)
-        ticket = tickets.issue(_harmless(str(asked.get("file_name", ""))))
+        ticket = tickets.issue(harmless_name(str(asked.get("file_name", ""))))
         base = answers.base_url(web, request)
         place = f"{base}/rest/storage/upload/{ticket}"
         return answer({"upload_url": place, "file_url": f"{base}/files/{ticket}"})
@@ -135,13 +134,7 @@ async def _sent(web: Web, file: StoredFile) -> Response:
         path,
         headers=headers,
         media_type=file.content_type,
-        filename=_harmless(file.name) or "file",
+        filename=harmless_name(file.name) or "file",
         stat_result=stat,
         content_disposition_type="inline",
     )
-
-
-def _harmless(name: str) -> str:
-    """A file name without folders, and without what a shell, a browser or a terminal obeys."""
-    name = name.replace("\\", "/").rsplit("/", 1)[-1]
-    return re.sub(r"[^\w. -]+", "_", name).strip(". ")[:100]

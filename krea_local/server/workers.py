@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -61,6 +62,7 @@ class Worker:
         self._listening: asyncio.Task[None] | None = None
         self._answer: asyncio.Future[Message] | None = None
         self._on_message: Callable[[Message], None] | None = None
+        self._sending = threading.Lock()
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._fatal = ""
 
@@ -121,8 +123,10 @@ class Worker:
             raise self._death()
 
     def cancel(self, id: str) -> None:
-        """Have it stop that job within a step."""
-        self._send({"kind": "cancel", "id": id})
+        """Have it stop that job within a step; does not wait for that."""
+        self._cancelling = asyncio.create_task(
+            asyncio.to_thread(self._send, {"kind": "cancel", "id": id})
+        )
 
     def kill(self) -> None:
         """End it at once."""
@@ -184,10 +188,11 @@ class Worker:
     def _send(self, order: Mapping[str, object]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
+        line = json.dumps(order, default=str).encode() + b"\n"  # paths among what `load` takes
         # That nobody reads it, `_listen` notices.
-        with contextlib.suppress(OSError, ValueError):
-            line = json.dumps(order, default=str)  # paths among what `load` takes
-            self._process.stdin.write(line.encode() + b"\n")
+        with self._sending, contextlib.suppress(OSError, ValueError):
+            while line:
+                line = line[self._process.stdin.write(line) or 0 :]
 
     async def _listen(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
         """Hear the process out, until it is gone."""

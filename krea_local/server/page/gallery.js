@@ -271,9 +271,12 @@ export function rememberInput(job, input) {
   sessionStorage.setItem(inputKey(job), JSON.stringify(input));
 }
 
-/** A job's input image, {url, width, height}, or null if this tab did not submit it. */
+/** A job's input image: {url}, with width and height if this tab submitted it; null if none. */
 export function inputOf(job) {
-  return JSON.parse(sessionStorage.getItem(inputKey(job)));
+  const remembered = JSON.parse(sessionStorage.getItem(inputKey(job)));
+  if (remembered) return remembered;
+  const url = job.arguments.image_url ?? "";
+  return /^\/files\/[\w-]+$/.test(url) ? { url } : null;
 }
 
 /** Width over height that a job's pictures will have, or null if that is not known yet. */

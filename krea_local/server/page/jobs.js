@@ -4,6 +4,7 @@
 import * as api from "./api.js";
 
 export const PAGE = 24;
+const OLDEST = 8; // unfinished jobs before the newest page that are looked at too: the next to end
 // A browser has six HTTP/1.1 connections to a server, for all its tabs together.
 const STREAMS = 2;
 const STREAMS_WHILE_HIDDEN = 1; // the tab's title tells how far it is
@@ -20,6 +21,7 @@ export class Jobs extends EventTarget {
   #deleted = new Set();
   #streams = new Map(); // job id → AbortController
   #progress = new Map(); // job id → {fraction, step, numSteps, previews}
+  #oldest = 0; // when the oldest of those was created that are here without a gap
   more = false; // whether the server has older ones
   isLoaded = false;
 
@@ -37,7 +39,8 @@ export class Jobs extends EventTarget {
     return this.#progress.get(id) ?? { fraction: 0, step: 0, numSteps: 0, previews: [] };
   }
 
-  /** Look at the newest page; `working` are jobs that workers are at, however old. */
+  /** Look at the newest page, and at what is unfinished before it, such as `working`, the jobs that
+   * workers are at. */
   async refresh(working = []) {
     const before = new Map(this.#jobs);
     const page = await api.get(`api/jobs?limit=${PAGE}`);
@@ -46,21 +49,37 @@ export class Jobs extends EventTarget {
     const isGap = page.more && before.size > 0 && !page.jobs.some((job) => before.has(job.id));
     for (const [id, job] of before) {
       const shouldBeThere = !page.more || job.created > oldest;
-      if (isGap || (shouldBeThere && !ids.has(id))) this.#jobs.delete(id);
+      const isLeft = isGap ? isFinished(job) : shouldBeThere;
+      if (isLeft && !ids.has(id)) this.#jobs.delete(id);
     }
-    if (isGap || !this.isLoaded || !page.more) this.more = page.more;
+    if (isGap || !this.isLoaded || !page.more) {
+      this.more = page.more;
+      this.#oldest = oldest;
+    }
     page.jobs.forEach((job) => this.#take(job));
-    for (const id of working) {
-      if (id && !ids.has(id) && !this.#deleted.has(id)) this.#take(await api.get(`api/jobs/${id}`));
+    const unfinished = this.list().filter((job) => !isFinished(job) && !ids.has(job.id));
+    const others = new Set([...working, ...unfinished.slice(-OLDEST).map((job) => job.id)]);
+    for (const id of others) {
+      if (id && !ids.has(id) && !this.#deleted.has(id)) await this.#look(id);
     }
     this.isLoaded = true;
     this.#changed();
   }
 
+  async #look(id) {
+    try {
+      this.#take(await api.get(`api/jobs/${id}`));
+    } catch (error) {
+      if (!(error instanceof api.ApiError && error.status === 404)) throw error;
+      this.#jobs.delete(id);
+    }
+  }
+
   async older() {
-    const last = this.list().at(-1);
+    const last = this.list().findLast((job) => job.created >= this.#oldest);
     const page = await api.get(`api/jobs?limit=${PAGE}${last ? `&before=${last.id}` : ""}`);
     this.more = page.more;
+    this.#oldest = page.jobs.at(-1)?.created ?? this.#oldest;
     page.jobs.forEach((job) => this.#take(job));
     this.#changed();
   }

@@ -18,7 +18,9 @@ const ask = (id) => document.querySelector(`#${id}`);
 const prompt = ask("prompt");
 const jobs = new Jobs();
 const gallery = new Gallery(jobs, { open: (key) => viewer.open(key), cancel, again, remove });
-const viewer = new Viewer(gallery, jobs, { again, use, copy, remove });
+const viewer = new Viewer(gallery, jobs, {
+  again, use, copy, remove, failed: (error) => toast(error.message),
+});
 
 let schema = null;
 let fields = null;
@@ -153,8 +155,12 @@ function showInput(image) {
       removeInput();
       say(ask("image-error"), "That image is no longer on the server: add it again.");
     };
+    picture.onload = () => {
+      image.width ??= picture.naturalWidth;
+      image.height ??= picture.naturalHeight;
+      ask("input-size").textContent = `${image.width} × ${image.height}`;
+    };
     picture.src = image.url;
-    ask("input-size").textContent = `${image.width} × ${image.height}`;
   }
   showFields();
 }

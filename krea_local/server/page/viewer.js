@@ -7,7 +7,7 @@ import { make } from "./make.js";
 const ask = (id) => document.querySelector(`#${id}`);
 
 export class Viewer {
-  /** `actions`: {again(job, index), use(picture), copy(text), remove(job)}. */
+  /** `actions`: {again(job, index), use(picture), copy(text), remove(job), failed(error)}. */
   constructor(gallery, jobs, actions) {
     this.gallery = gallery;
     this.jobs = jobs;
@@ -49,7 +49,12 @@ export class Viewer {
     const to = pictures.findIndex((one) => one.key === this.key) + by;
     if (to >= 0 && to < pictures.length) this.#show(pictures[to].key);
     else if (to >= pictures.length && this.jobs.more) {
-      await this.jobs.older();
+      try {
+        await this.jobs.older();
+      } catch (error) {
+        this.actions.failed(error);
+        return;
+      }
       if (this.gallery.pictures().length > pictures.length) await this.move(by);
     }
   }
