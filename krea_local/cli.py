@@ -1,7 +1,7 @@
 """The command `krea-local`: txt2img, img2img, serve, download, verify, tiny, info.
 
 Flags, bounds and help come from the fields of `schema`. Built on argparse: a library that reads
-pydantic models needed 0.44 s for `--help`, this needs half of that. The only module that prints.
+pydantic models needed 0.44 s for `--help`, this needs half of that. It and `serving` alone print.
 Nothing heavy is imported before the arguments are known to be good.
 """
 
@@ -18,11 +18,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
 
+from krea_local import serving
 from krea_local._version import __version__
 from krea_local.errors import (
     Cancelled,
@@ -33,6 +34,19 @@ from krea_local.errors import (
     OutputFailed,
     WeightsError,
     WeightsNotFound,
+)
+from krea_local.flags import (
+    FAILED,
+    FILTERED,
+    GPU,
+    INTERRUPTED,
+    LOADING,
+    OK,
+    SOME_FAILED,
+    USAGE,
+    WEIGHTS,
+    add_loading,
+    one_line,
 )
 from krea_local.paths import expanded
 from krea_local.schema import (
@@ -51,11 +65,9 @@ if TYPE_CHECKING:
     from krea_local.cluster import Ulysses
     from krea_local.pipeline import Krea
     from krea_local.result import Result
-    from krea_local.server.settings import Settings
     from krea_local.verifying import FileCheck
 
 Request = Txt2ImgRequest | Img2ImgRequest
-OK, FAILED, USAGE, WEIGHTS, GPU, FILTERED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 EXIT_CODES = """exit codes:
   0 ok    1 failed    2 usage    3 weights or licence    4 GPU
   5 every image was filtered    6 some of several prompts failed    130 interrupted
@@ -70,36 +82,6 @@ EXTENSIONS = {".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png"}
 # Fields of the API's JSON that say nothing to a command line: the prompt is positional, and
 # sync_mode is about URLs in a response.
 NOT_FLAGS = ("prompt", "sync_mode", "loras")
-# Flags of _add_loading that `load` takes by the same name.
-LOADING = (
-    "transformer",
-    "text_encoder_2",
-    "device",
-    "dtype",
-    "memory",
-    "offload",
-    "engine",
-    "compile",
-    "safety_checker",
-    "safety_threshold",
-)
-KEY_VARIABLE = "KREA_LOCAL_API_KEY"
-MIN_KEY_CHARACTERS = 16
-# Flags of `serve` and the fields of Settings that they set as they are.
-SERVE_FLAGS = {
-    "host": "host",
-    "port": "port",
-    "allow_host": "hosts",
-    "allow_origin": "origins",
-    "public_url": "public_url",
-    "keep": "keep_seconds",
-    "keep_size": "keep_bytes",
-    "max_queue": "max_queue",
-    "job_time": "job_seconds",
-    "low_disk": "low_disk",
-    "allow_private_urls": "private_urls",
-    "allow_private_webhooks": "webhook_private_urls",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Let nothing try again when the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            print(f"krea-local: {_one_line(error)}", file=sys.stderr)
+            print(f"krea-local: {one_line(error)}", file=sys.stderr)
         return FAILED
     return code
 
@@ -148,7 +130,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         kind = type(error).__name__
         hint = f"{DEBUG_VARIABLE}=1 shows where"
-        print(f"krea-local: unexpected {kind}: {_one_line(error)}; {hint}", file=sys.stderr)
+        print(f"krea-local: unexpected {kind}: {one_line(error)}; {hint}", file=sys.stderr)
         return FAILED
 
 
@@ -195,8 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(request=request)
         _add_request(command, request)
         _add_sources(command)
-        _add_loading(command)
-    _add_serve(commands)
+        add_loading(command)
+    serve = "Serve the hosted API, OpenAI's images API and a page, from here."
+    serving.add_flags(_command(commands, "serve", serve, serving.run))
     _add_download(commands)
     _add_verify(commands)
     tiny = _command(commands, "tiny", "Write the tiny random-weight checkpoint to a folder.", _tiny)
@@ -273,145 +256,6 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quiet", action="store_true", help="no progress bar, no notices but the miniature's"
     )
-
-
-def _add_loading(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        help='"mini" (built in, draws simple shapes), "tiny" (built in, random weights), a folder, '
-        'a file with a transformer, "krea", "dev", "srpo" or a hub id, which is fetched if need be '
-        "(default: $KREA_LOCAL_MODEL, else FLUX.1 Krea [dev] if it is in the hub's cache, else "
-        "mini)",
-    )
-    group.add_argument(
-        "--transformer",
-        metavar="FILE",
-        help="take this transformer instead of the model's: .safetensors or .gguf (weights.md)",
-    )
-    group.add_argument(
-        "--text-encoder-2", metavar="FILE", help="take this T5 instead of the model's, likewise"
-    )
-    group.add_argument("--device", help='"cuda", "cuda:1", "cpu" (default: CUDA if there is a GPU)')
-    group.add_argument(
-        "--dtype", help='"bfloat16" or "float32" (default: bfloat16 on CUDA, float32 on the CPU)'
-    )
-    group.add_argument(
-        "--memory",
-        metavar="AMOUNT",
-        help='of the GPU to use: "auto", what is free; such as "12GB"; or "none", no limit. The '
-        "fastest way that fits is taken (default: auto, unless --offload is given)",
-    )
-    group.add_argument(
-        "--offload",
-        help='"none": all on the GPU, about 33 GiB; "modulation": but for a part needed once an '
-        'image, 27 GiB; "model": models take turns, 17 GiB; "blocks": their blocks do, 2 GiB '
-        "(default: none)",
-    )
-    group.add_argument(
-        "--engine",
-        help='"native" or "diffusers": whose transformer runs (default: native)',
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="have torch.compile make what runs between matrix products, not our Triton kernels",
-    )
-    group.add_argument(
-        "--safety-checker", metavar="MODEL", help="folder or hub id of another NSFW checker"
-    )
-    group.add_argument(
-        "--safety-threshold",
-        type=float,
-        metavar="P",
-        help="flag an image where P(nsfw) is above this (default: 0.5)",
-    )
-
-
-def _add_serve(commands: Any) -> None:
-    command = _command(
-        commands,
-        "serve",
-        "Serve the hosted API, OpenAI's images API and a page, from here.",
-        _serve,
-    )
-    _add_loading(command)
-    command.add_argument(
-        "--acceleration",
-        metavar="LEVEL",
-        help='"none", "regular" or "high", for calls that name none (default: none)',
-    )
-    group = command.add_argument_group("server")
-    group.add_argument(
-        "--gpus",
-        metavar="N[,N…]",
-        type=_gpus,
-        help="one worker process on each of these GPUs: 0,1 (default: one, where --device says)",
-    )
-    group.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    group.add_argument("--port", type=int, help="0 for any free one (default: 8080)")
-    group.add_argument(
-        "--api-key-file",
-        metavar="FILE",
-        help=f"holds the key that clients must present; or set ${KEY_VARIABLE}. Needed to listen "
-        "on any other address than this machine's own",
-    )
-    group.add_argument(
-        "--allow-host",
-        action="append",
-        metavar="NAME",
-        help="a name by which clients may call the server, beside localhost and its address",
-    )
-    group.add_argument(
-        "--allow-origin",
-        action="append",
-        metavar="ORIGIN",
-        help="a web origin whose pages may call the server: https://my.app",
-    )
-    group.add_argument(
-        "--public-url", metavar="URL", help="how clients reach it, where a proxy stands before it"
-    )
-    group.add_argument(
-        "--tls", action="store_true", help="HTTPS, with a certificate made for this machine"
-    )
-    group = command.add_argument_group("jobs and files")
-    group.add_argument("--folder", metavar="DIR", help="database and pictures (default: the cache)")
-    group.add_argument(
-        "--keep",
-        metavar="TIME",
-        type=_duration,
-        help="delete finished jobs and their pictures after 12h or 7d; none for never (default)",
-    )
-    group.add_argument(
-        "--keep-size",
-        metavar="SIZE",
-        type=_bytes,
-        help="delete the oldest while files take more than 20GB (default: no limit)",
-    )
-    group.add_argument(
-        "--max-queue", type=int, metavar="N", help="jobs that may wait (default: 5000)"
-    )
-    group.add_argument(
-        "--job-time",
-        metavar="TIME",
-        type=_duration,
-        help="a job that runs longer is cancelled (default: 30m)",
-    )
-    group.add_argument(
-        "--low-disk",
-        metavar="SIZE",
-        type=_bytes,
-        help="start and take no job while the disk has less free (default: 512MiB)",
-    )
-    group.add_argument(
-        "--allow-private-urls",
-        action="store_true",
-        help="fetch input images from private addresses too, and LoRAs from any",
-    )
-    group.add_argument(
-        "--allow-private-webhooks", action="store_true", help="likewise for webhooks"
-    )
-    group.add_argument("--log", action="store_true", help="a line of JSON a request on stderr")
 
 
 def _add_download(commands: Any) -> None:
@@ -567,145 +411,6 @@ def _load(given: dict[str, Any], model: str | None, group: Ulysses | None) -> Kr
     return load(model, progress="quiet" not in given, group=group, **options)
 
 
-def _serve(parsed: argparse.Namespace) -> int:
-    given = vars(parsed)
-    settings = _settings(given)
-    try:
-        from krea_local.server import app, tls
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("krea_local"):
-            raise
-        print(
-            f"krea-local: serve needs {error.name}: pip install 'krea_local[server]'",
-            file=sys.stderr,
-        )
-        return FAILED
-    if "log" in given:
-        import logging
-
-        logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-        for chatty in ("httpx", "httpcore", "uvicorn"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-    certificate = None
-    if "tls" in given:
-        certificate = tls.certificate(settings.folder / "tls", [settings.host, *settings.hosts])
-
-    def on_listening(address: str) -> None:
-        print(f"krea-local: listening on {address}", flush=True)
-        if certificate is not None:
-            place = address.removeprefix("https://").replace("127.0.0.1", "localhost")
-            print("krea-local: for the official Python client:", flush=True)
-            for line in certificate.environment(place, has_key=settings.api_key is not None):
-                print(f"  export {line}", flush=True)
-
-    def on_ready(text: str) -> None:
-        print(f"krea-local: {_one_line(text)}", flush=True)
-
-    files = None if certificate is None else (str(certificate.chain), str(certificate.key))
-    app.serve(settings, on_listening=on_listening, on_ready=on_ready, certificate=files)
-    return OK
-
-
-def _settings(given: Mapping[str, Any]) -> Settings:
-    """What the flags of `serve` say.
-
-    Raises:
-        InvalidRequest: a flag is wrong, or would open the server to all.
-    """
-    from krea_local.server.settings import Settings
-
-    named = {
-        name: given[flag]
-        for flag, name in SERVE_FLAGS.items()
-        if flag in given and given[flag] is not None
-    }
-    for name in ("hosts", "origins"):
-        named[name] = tuple(named.get(name, ()))
-    for origin in named["origins"]:
-        if not re.fullmatch(r"https?://[^/*\s]+", origin):
-            raise InvalidRequest(f"--allow-origin {origin}: should be such as https://my.app")
-    if not re.fullmatch(r"https?://[^/?#\s]+/?", named.get("public_url", "http://x")):
-        raise InvalidRequest("--public-url: should be such as https://pictures.example")
-    if not 0 <= named.get("port", 0) < 65536:
-        raise InvalidRequest(f"--port {named['port']}: should be from 0 to 65535")
-    if "job_time" in given and given["job_time"] is None:
-        raise InvalidRequest("--job-time none: should be such as 30m")
-    if named.get("max_queue", 1) < 1:
-        raise InvalidRequest(f"--max-queue {named['max_queue']}: should be 1 or more")
-    if "folder" in given:
-        named["folder"] = expanded(given["folder"])
-    load = {name: given[name] for name in (*LOADING, "acceleration") if name in given}
-    load.pop("device", None)
-    if "gpus" in given and "device" in given:
-        raise InvalidRequest("give --gpus or --device, not both")
-    if "device" in given:
-        named["devices"] = (given["device"],)
-    if "gpus" in given:
-        named["devices"] = tuple(f"cuda:{number}" for number in given["gpus"])
-    settings = Settings(
-        model=given.get("model"), load=load, api_key=_api_key(given.get("api_key_file")), **named
-    )
-    if settings.api_key is None and not _is_loopback(settings.host):
-        raise InvalidRequest(
-            f"--host {settings.host}: whoever reaches that address could draw on your GPU; set "
-            f"{KEY_VARIABLE} or give --api-key-file, or leave --host out"
-        )
-    return settings
-
-
-def _api_key(file: str | None) -> str | None:
-    """The key, from a file or the environment: arguments are for all to see."""
-    key = os.environ.get(KEY_VARIABLE)
-    if file is not None:
-        try:
-            key = expanded(file).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise InvalidRequest(f"--api-key-file {file}: cannot be read: {error}") from error
-    if key is None:
-        return None
-    if len(key) < MIN_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
-        raise InvalidRequest(
-            f"the API key should be {MIN_KEY_CHARACTERS} or more letters and digits: make one with "
-            "`openssl rand -hex 16`"
-        )
-    return key
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _gpus(text: str) -> list[int]:
-    if not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3})*", text):
-        raise argparse.ArgumentTypeError("should be numbers such as 0,1")
-    numbers = [int(one) for one in text.split(",")]
-    if len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError("names a GPU twice")
-    return numbers
-
-
-def _duration(text: str) -> float | None:
-    if text == "none":
-        return None
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd])", text)
-    if match is None:
-        raise argparse.ArgumentTypeError("should be such as 90s, 30m, 12h or 7d, or none")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?([KMGT]i?)B", text)
-    if match is None:
-        raise argparse.ArgumentTypeError("should be such as 500MB or 20GB")
-    base = 1024 if match[2].endswith("i") else 1000
-    return int(float(match[1]) * base ** ("KMGT".index(match[2][0]) + 1))
-
-
 def _print(result: Result, files: list[Path], label: str, *, as_json: bool) -> int:
     if as_json:
         answer = result.with_urls([file.absolute().as_uri() for file in files])
@@ -824,7 +529,7 @@ def _download(parsed: argparse.Namespace) -> int:
             safety_checker=given.get("safety_checker", True),
         )
         if not quiet:
-            print(f"krea-local: {_one_line(planned.describe())}", file=sys.stderr)
+            print(f"krea-local: {one_line(planned.describe())}", file=sys.stderr)
         place = fetching.fetch(planned, progress=not quiet)
     except KeyboardInterrupt:
         print(
@@ -848,19 +553,19 @@ def _verify(parsed: argparse.Namespace) -> int:
     checks = verify(given.get("model"), progress=not quiet)
     for one in checks:
         if one.fault:
-            print(f"BAD  {_one_line(one.path)}: {_one_line(one.fault)}")
+            print(f"BAD  {one_line(one.path)}: {one_line(one.fault)}")
         elif not quiet:
             done = [one.checksum] if one.checksum else []
             done += [f"{one.tensors} finite tensors"] if one.tensors else []
             what = ", ".join(done) or "read"
-            print(f"ok   {_one_line(one.name)}  {gigabytes(one.size)}  {what}")
+            print(f"ok   {one_line(one.name)}  {gigabytes(one.size)}  {what}")
     bad = [one for one in checks if one.fault]
     unknown = sum(not one.fault and not one.checksum for one in checks)
     if not quiet:
         for note in _not_verified(checks, unknown):
             print(f"krea-local: note: {note}", file=sys.stderr)
     if bad:
-        print(f"krea-local: {_one_line(_remedy(given.get('model'), bad))}", file=sys.stderr)
+        print(f"krea-local: {one_line(_remedy(given.get('model'), bad))}", file=sys.stderr)
         return WEIGHTS
     return OK
 
@@ -905,7 +610,7 @@ def _info(parsed: argparse.Namespace) -> int:
 def _report(error: KreaError, *, as_json: bool) -> int:
     """One line for people on standard error; with --json one for programs on standard output."""
     code = exit_code(error)
-    message = _one_line(error)
+    message = one_line(error)
     print(f"krea-local: {message}", file=sys.stderr)
     if as_json:
         fault = {"type": type(error).__name__, "message": message, "exit_code": code}
@@ -913,11 +618,6 @@ def _report(error: KreaError, *, as_json: bool) -> int:
     return code
 
 
-def _one_line(message: object) -> str:
-    """In one line, and without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, KreaWarning):
-        print(f"krea-local: note: {_one_line(message)}", file=sys.stderr)
+        print(f"krea-local: note: {one_line(message)}", file=sys.stderr)

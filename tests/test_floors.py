@@ -11,7 +11,7 @@ import krea_local
 
 PACKAGE = Path(krea_local.__file__).parent
 FLOORS = [
-    {"errors", "_version"},
+    {"errors", "_version", "flags"},
     {"paths"},
     {"schema", "recipe", "sampling", "progress", "tiny", "kernels", "attention"},
     {"tensor_names", "checksums", "preview"},
@@ -29,6 +29,7 @@ FLOORS = [
     {"pipeline"},
     {"api", "info", "repeat"},
     {"server"},
+    {"serving"},
     {"cli", "__init__", "fal_client"},
     {"__main__"},
 ]

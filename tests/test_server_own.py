@@ -231,7 +231,8 @@ def test_flags_that_would_do_harm_are_refused(
 
 
 def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from krea_local.cli import _parser, _settings
+    from krea_local.cli import _parser
+    from krea_local.serving import settings_of
 
     key = tmp_path / "key"
     key.write_text(KEY + "\n")
@@ -242,7 +243,7 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "--low-disk 1GiB --allow-private-urls --allow-private-webhooks "
         "--public-url https://x.example".split()
     )
-    settings = _settings(vars(parsed))
+    settings = settings_of(vars(parsed))
     assert settings.model == "krea"
     assert settings.load == {"memory": "12GB", "acceleration": "high"}
     assert settings.devices == ("cuda:0", "cuda:1")
