@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -31,6 +32,10 @@ SMALL_UNTIL = 1400
 # In clearer pictures it can be seen, and captions are not learned.
 HIGH_SHARE, HIGH_FROM = 0.4, 0.85
 FALLING_FROM = 0.6  # of the steps
+# Then a second round, in which half of the pictures have three things.
+MORE_STEPS = 5000
+MORE_SHARE = 0.7  # of the rates, at its beginning
+MORE_OF_THREE = 0.5
 NO_CAPTION = 0.1
 DISTILL_STEPS = 500
 DISTILL_SHARE = 0.3  # of the rates
@@ -95,12 +100,19 @@ class Batch:
     columns: int
 
 
-def batch(pictures: Pictures, random: Random, *, small: bool) -> Batch:
+def batch(
+    pictures: Pictures, random: Random, *, small: bool = False, of_three: float = 0.0
+) -> Batch:
+    """Pictures of one size, the share `of_three` of them certainly of three things."""
     sizes = list(pictures)
     size = SMALL if small or random.random() < 0.2 else random.choice(sizes)
     scenes, latents = pictures[size]
     rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
-    picked = [random.randrange(len(scenes)) for _ in range(TOKENS // (rows * columns))]
+    three = [index for index, scene in enumerate(scenes) if len(scene.things) == 3]
+    picked = [
+        random.choice(three) if random.random() < of_three else random.randrange(len(scenes))
+        for _ in range(TOKENS // (rows * columns))
+    ]
     weights = torch.stack([_weights(scenes[index], *size) for index in picked])
     captions = [caption(scenes[index], random) for index in picked]
     return Batch(pack(latents[picked]), weights, captions, rows, columns)
@@ -134,10 +146,49 @@ def train(folder: Path, text: Path, pictures: Pictures, curve: Curve) -> Path:
     torch.manual_seed(0)
     model = Model(folder / "tokenizers")
     model.encoders.t5.load_state_dict(state.read(text)[0])
+
+    def share(step: int) -> float:
+        return min((step + 1) / 100, 1.0, (STEPS - step) / (STEPS * (1 - FALLING_FROM)))
+
+    def chosen(step: int, random: Random) -> Batch:
+        return batch(pictures, random, small=step < SMALL_UNTIL)
+
+    state.save(path, _train("flow", folder, curve, STEPS, model, share, chosen), {})
+    return path
+
+
+def train_more(folder: Path, weights: Path, pictures: Pictures, curve: Curve) -> Path:
+    """The second round, which begins with `weights`."""
+    path = folder / "more.safetensors"
+    if path.exists():
+        return path
+    model = Model(folder / "tokenizers")
+    model.load_state_dict(state.read(weights)[0])
+
+    def share(step: int) -> float:
+        return MORE_SHARE * min((step + 1) / 100, 1 - step / MORE_STEPS)
+
+    def chosen(_: int, random: Random) -> Batch:
+        return batch(pictures, random, of_three=MORE_OF_THREE)
+
+    state.save(path, _train("more", folder, curve, MORE_STEPS, model, share, chosen), {})
+    return path
+
+
+def _train(
+    stage: str,
+    folder: Path,
+    curve: Curve,
+    steps: int,
+    model: Model,
+    share: Callable[[int], float],
+    batch_of: Callable[[int, Random], Batch],
+) -> dict[str, Tensor]:
+    """Train all of `model` but T5; the average of its weights."""
     model.encoders.t5.requires_grad_(False)
 
     def loss_of(step: int, random: Random) -> Tensor:
-        chosen = batch(pictures, random, small=step < SMALL_UNTIL)
+        chosen = batch_of(step, random)
         said = ["" if random.random() < NO_CAPTION else text for text in chosen.captions]
         sigma, one = noise_levels(len(said)), torch.ones(len(said))
         noise = torch.randn_like(chosen.latents)
@@ -150,12 +201,8 @@ def train(folder: Path, text: Path, pictures: Pictures, curve: Curve) -> Path:
         error = (predicted - (noise - chosen.latents)).square().mean(2)
         return (error * chosen.weights).mean()
 
-    def share(step: int) -> float:
-        return min((step + 1) / 100, 1.0, (STEPS - step) / (STEPS * (1 - FALLING_FROM)))
-
-    average = learning.run("flow", folder, curve, STEPS, model, share, loss_of)
-    state.save(path, average.module.state_dict(), {})
-    return path
+    average = learning.run(stage, folder, curve, steps, model, share, loss_of)
+    return average.module.state_dict()
 
 
 @torch.no_grad()
@@ -189,7 +236,7 @@ def distill(folder: Path, weights: Path, pictures: Pictures, curve: Curve) -> Pa
     begin_alike(student)
 
     def loss_of(step: int, random: Random) -> Tensor:
-        chosen = batch(pictures, random, small=False)
+        chosen = batch(pictures, random)
         count = len(chosen.captions)
         sigma, one = noise_levels(count), torch.ones(count)
         noisy = torch.lerp(chosen.latents, torch.randn_like(chosen.latents), sigma[:, None, None])

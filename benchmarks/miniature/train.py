@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     pictures = latents.make(folder, vae)
     decoder = autoencoder.polish(folder, latents.even(folder), curve)
     weights = flow.train(folder, reading.train(folder, curve), pictures, curve)
+    weights = flow.train_more(folder, weights, pictures, curve)
     distilled = flow.distill(folder, weights, pictures, curve)
     checkpoint = folder / "checkpoint"
     if checkpoint.exists():
