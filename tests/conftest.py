@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ settings.load_profile("suite")
 def pytest_configure() -> None:
     import torch
 
+    # A shell's background jobs ignore Ctrl-C, and so would every process that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Triton's kernels run for real on a GPU, and elsewhere in its interpreter.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
