@@ -124,9 +124,9 @@ class Worker:
 
     def cancel(self, id: str) -> None:
         """Have it stop that job within a step; does not wait for that."""
-        self._cancelling = asyncio.create_task(
-            asyncio.to_thread(self._send, {"kind": "cancel", "id": id})
-        )
+        if self._process is not None:
+            work = asyncio.to_thread(self._send, self._process, {"kind": "cancel", "id": id})
+            self._cancelling = asyncio.create_task(work)
 
     def kill(self) -> None:
         """End it at once."""
@@ -182,17 +182,17 @@ class Worker:
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._answer = answer
         # In a thread, since a process that hangs would not read a long order.
-        await asyncio.to_thread(self._send, order)
+        assert self._process is not None
+        await asyncio.to_thread(self._send, self._process, order)
         return await answer
 
-    def _send(self, order: Mapping[str, object]) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
+    def _send(self, process: subprocess.Popen[bytes], order: Mapping[str, object]) -> None:
+        assert process.stdin is not None
         line = json.dumps(order, default=str).encode() + b"\n"  # paths among what `load` takes
         # That nobody reads it, `_listen` notices.
         with self._sending, contextlib.suppress(OSError, ValueError):
             while line:
-                line = line[self._process.stdin.write(line) or 0 :]
+                line = line[process.stdin.write(line) or 0 :]
 
     async def _listen(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
         """Hear the process out, until it is gone."""
