@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import gc
+import inspect
 import io
 import json
 import socket
@@ -21,6 +23,11 @@ from serving import LONG, SMALL, Server
 pytest.importorskip("fastapi")
 fal_client = pytest.importorskip("fal_client")
 
+FalClientHTTPError = fal_client.client.FalClientHTTPError
+# `.ci/run` runs this file with 0.10 too, which has no place for these.
+TELLS_ERRORS = "error_type" in {field.name for field in dataclasses.fields(fal_client.Completed)}
+CHOOSES_REPOSITORY = "repository" in inspect.signature(fal_client.SyncClient.upload).parameters
+CHOOSES_TOKEN = "use_jwt" in inspect.signature(fal_client.SyncClient.realtime).parameters
 
 # The official client leaves connections of its uploads open.
 pytestmark = [
@@ -98,7 +105,7 @@ def test_subscribe_tells_of_the_queue_and_the_log(fal: Any) -> None:
     assert output["seed"] == 7
     assert isinstance(seen[-1], fal_client.Completed)
     assert seen[-1].metrics["inference_time"] > 0
-    assert seen[-1].error is None
+    assert getattr(seen[-1], "error", None) is None
     assert len(ids) == 1
     for line in seen[-1].logs:
         assert set(line) == {"message", "level", "source", "timestamp"}
@@ -128,12 +135,13 @@ def test_a_job_that_runs_and_one_that_waits_are_cancelled(fal: Any, web: httpx.C
         wait_until(web, handle.request_id, "cancelled")
         ended = handle.status()
         assert isinstance(ended, fal_client.Completed)
-        assert ended.error_type == "client_cancelled"
-        with pytest.raises(fal_client.FalClientHTTPError) as raised:
+        assert not TELLS_ERRORS or ended.error_type == "client_cancelled"
+        with pytest.raises(FalClientHTTPError) as raised:
             handle.get()
         assert raised.value.status_code == 499
-        assert raised.value.error_type == "client_cancelled"
-        with pytest.raises(fal_client.FalClientHTTPError) as raised:
+        assert not TELLS_ERRORS or raised.value.error_type == "client_cancelled"
+        assert raised.value.response.headers["x-fal-error-type"] == "client_cancelled"
+        with pytest.raises(FalClientHTTPError) as raised:
             handle.cancel()
         assert raised.value.status_code == 400
         assert raised.value.response.json() == {"status": "ALREADY_COMPLETED"}
@@ -169,22 +177,24 @@ def test_the_asynchronous_client_does_all_of_it(pointed: Server) -> None:
             REDRAW, {"prompt": "x", "image_url": url, "num_inference_steps": 10, "strength": 0.2}
         )
         assert redrawn["images"][0]["width"] == 96
-        await (await fal._client).aclose()
+        client = fal._client
+        await (await client if inspect.isawaitable(client) else client).aclose()
 
     asyncio.run(all_of_it())
 
 
-@pytest.mark.parametrize("repository", ["fal_v3", "fal"])
+@pytest.mark.parametrize("repository", ["fal_v3", "fal"] if CHOOSES_REPOSITORY else [None])
 def test_uploads_come_back_and_can_be_redrawn(
-    fal: Any, web: httpx.Client, tmp_path: Path, repository: str
+    fal: Any, web: httpx.Client, tmp_path: Path, repository: str | None
 ) -> None:
     data = png(picture())
     path = tmp_path / "a picture.png"
     path.write_bytes(data)
+    where = {} if repository is None else {"repository": repository}
     urls = [
-        fal.upload(data, "image/png", repository=repository),
-        fal.upload_file(path, repository=repository),
-        fal.upload_image(picture(), "png", repository=repository),
+        fal.upload(data, "image/png", **where),
+        fal.upload_file(path, **where),
+        fal.upload_image(picture(), "png", **where),
     ]
     for url in urls:
         assert web.get(url).content == data
@@ -218,19 +228,19 @@ def test_what_is_no_image_is_not_kept(web: httpx.Client) -> None:
 
 
 def test_an_argument_that_is_wrong_is_named(fal: Any) -> None:
-    with pytest.raises(fal_client.FalClientHTTPError) as raised:
+    with pytest.raises(FalClientHTTPError) as raised:
         fal.run(KREA, {"prompt": "x", "num_inference_steps": 99, "unknown": 1})
     assert raised.value.status_code == 422
     (fault,) = raised.value.response.json()["detail"]
     assert fault["loc"] == ["body", "num_inference_steps"]
     assert fault["type"] == "less_than_equal"
-    with pytest.raises(fal_client.FalClientHTTPError) as raised:
+    with pytest.raises(FalClientHTTPError) as raised:
         fal.submit(KREA, {"prompt": "x" * 10_001})
     assert raised.value.response.json()["detail"][0]["type"] == "string_too_long"
 
 
 def test_other_endpoints_say_how_to_have_them(fal: Any, web: httpx.Client) -> None:
-    with pytest.raises(fal_client.FalClientHTTPError) as raised:
+    with pytest.raises(FalClientHTTPError) as raised:
         fal.run("fal-ai/flux/dev", FOX)
     assert raised.value.status_code == 404
     assert "krea-local serve --model dev" in str(raised.value)
@@ -479,8 +489,8 @@ def test_the_openapi_document_describes_what_is_here(web: httpx.Client) -> None:
 def test_realtime_draws_call_after_call(fal: Any) -> None:
     pytest.importorskip("msgpack")
     pytest.importorskip("websockets")
-    for use_jwt in (True, False):
-        with fal.realtime(KREA, use_jwt=use_jwt) as connection:
+    for token in [{"use_jwt": True}, {"use_jwt": False}] if CHOOSES_TOKEN else [{}]:
+        with fal.realtime(KREA, **token) as connection:
             for seed in (7, 8):
                 connection.send({**FOX, "seed": seed})
                 output = connection.recv()
