@@ -154,7 +154,9 @@ def serving(*flags: str) -> Iterator[Server]:
         command = [sys.executable, "-m", "krea_local", "serve", "--model", "tiny"]
         command += ["--device", "cpu", "--port", str(port), "--folder", f"{folder}/data", *flags]
         with log.open("wb") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream)
+            # One thread, since there is a second process to compare with, on maybe two cores.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
         server = Server(port, process, log)
         try:
             asyncio.run(_ready(server))
@@ -206,9 +208,12 @@ async def picture(connection: Connection, **arguments: object) -> bytes:
 
 async def overhead(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of POST /run over those of the same call, taking turns."""
+    import torch
+
     from krea_local import load
     from krea_local.recipe import encode
 
+    torch.set_num_threads(1)  # as many as the server has
     krea = await asyncio.to_thread(load, "tiny", device="cpu", progress=False)
     connection = Connection(server.port)
     arguments: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 4, **FINE}
