@@ -11,19 +11,19 @@ import binascii
 import hashlib
 import io
 import os
-import queue
 import stat
-import threading
 import time
 import urllib.parse
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from krea_local.errors import InvalidImage, InvalidRequest
+from krea_local.background import wait_for
+from krea_local.errors import InvalidImage, InvalidRequest, KreaError
 from krea_local.paths import expanded
 
 if TYPE_CHECKING:
@@ -56,7 +56,12 @@ class InputImage:
     notices: tuple[str, ...]
 
 
-def open_image(source: ImageSource, *, formats: tuple[str, ...] = FORMATS) -> InputImage:
+def open_image(
+    source: ImageSource,
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    check: Callable[[], None] = lambda: None,
+) -> InputImage:
     """Read an image from wherever it is.
 
     EXIF rotation is applied, transparency is laid on white, the first frame of an animation is
@@ -65,6 +70,7 @@ def open_image(source: ImageSource, *, formats: tuple[str, ...] = FORMATS) -> In
     Args:
         source: where it is, or what.
         formats: those of FORMATS that are read; of bytes only, all else knows FORMATS.
+        check: called while one is fetched; what it raises ends that.
 
     Raises:
         InvalidImage: not there, too slow, over 50 MiB, over 32 megapixels, or not an image.
@@ -81,7 +87,7 @@ def open_image(source: ImageSource, *, formats: tuple[str, ...] = FORMATS) -> In
         return _decode(read_data_uri(text), name="", origin="image_url (data URI)")
     if scheme in ("http", "https"):
         name = _public_name(text)
-        return _decode(_fetch(text, name), name=name, origin=f"image_url {name}")
+        return _decode(_fetch(text, name, check), name=name, origin=f"image_url {name}")
     if scheme == "file":
         _public_name(text)
         text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
@@ -159,35 +165,25 @@ def _public_name(url: str) -> str:
         raise InvalidImage(f"image_url: is not a URL: {error}") from error
 
 
-def _fetch(url: str, shown: str) -> bytes:
+def _fetch(url: str, shown: str, check: Callable[[], None]) -> bytes:
     """The bytes behind a URL, in FETCH_SECONDS at the most.
 
     A thread of its own fetches, because no timeout of an HTTP client bounds the whole of an
     answer: a server may send its headers, too, a byte at a time.
     """
-    answer: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answer.put(_download(url, shown))
-        except Exception as error:
-            answer.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
     try:
-        found = answer.get(timeout=FETCH_SECONDS)
-    except queue.Empty:
+        return wait_for(lambda: _download(url, shown), check=check, seconds=FETCH_SECONDS)
+    except KreaError:
+        raise
+    except TimeoutError:
         raise InvalidImage(
             f"image_url: {shown} took over {FETCH_SECONDS:g} s to arrive: download it and pass the "
             "file"
         ) from None
-    if isinstance(found, bytes):
-        return found
-    if isinstance(found, InvalidImage):
-        raise found
     # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
-    reason = str(found) or type(found).__name__
-    raise InvalidImage(f"image_url: could not load {shown}: {reason}") from found
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise InvalidImage(f"image_url: could not load {shown}: {reason}") from error
 
 
 def _download(url: str, shown: str) -> bytes:

@@ -13,9 +13,11 @@ import re
 import secrets
 import time
 import urllib.parse
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from krea_local.background import wait_for
 from krea_local.errors import InvalidRequest, KreaError, OutputFailed, WeightsNotFound
 from krea_local.files import check_safetensors
 from krea_local.lora import PEFT_CONFIG
@@ -32,16 +34,19 @@ HUB_URL = re.compile(
 MAX_BYTES = 8 * 2**30  # of all of FLUX.1's layers in bfloat16, rank 512 takes 5.7
 ANSWER_SECONDS, FETCH_SECONDS = 30.0, 3600.0
 MAX_REDIRECTS = 5
-CHUNK = 2**20
 
 
-def find_lora(path: str | os.PathLike[str], *, progress: bool = True) -> Path:
+def find_lora(
+    path: str | os.PathLike[str], *, progress: bool = True, check: Callable[[], None] = lambda: None
+) -> Path:
     """The safetensors file of a LoRA; fetched, if it is elsewhere and not yet here.
 
     Args:
         path: a file; a folder with one such file; a hub id, with or without the file's name in it
             ("owner/name/file.safetensors"); a page of the hub; or an http(s) URL.
         progress: show a bar on standard error, where that is a terminal.
+        check: called while one is fetched; what it raises ends that. (What the hub's own library
+            is fetching goes on in the background, and is there the next time.)
 
     Raises:
         WeightsNotFound: not there, or several are and none has the usual name.
@@ -53,8 +58,8 @@ def find_lora(path: str | os.PathLike[str], *, progress: bool = True) -> Path:
     if re.match(r"https?://", text):
         on_hub = HUB_URL.fullmatch(text)
         if on_hub:
-            return _on_hub(*on_hub.groups(), progress=progress)
-        return _behind_url(text, progress=progress)
+            return _on_hub(*on_hub.groups(), progress=progress, check=check)
+        return _behind_url(text, progress=progress, check=check)
     place = expanded(text)
     try:
         if place.is_dir():
@@ -71,7 +76,7 @@ def find_lora(path: str | os.PathLike[str], *, progress: bool = True) -> Path:
         raise WeightsNotFound(
             f"no LoRA {text!r}: give a .safetensors file, a hub id (owner/name) or a URL"
         )
-    return _on_hub(named[1], None, named[2], progress=progress)
+    return _on_hub(named[1], None, named[2], progress=progress, check=check)
 
 
 def _choose(names: list[str], where: str) -> str:
@@ -84,15 +89,26 @@ def _choose(names: list[str], where: str) -> str:
     raise WeightsNotFound(f"{where} holds {len(names)} .safetensors: name one of {listed}")
 
 
-def _on_hub(repo: str, revision: str | None, name: str | None, *, progress: bool) -> Path:
+def _on_hub(
+    repo: str,
+    revision: str | None,
+    name: str | None,
+    *,
+    progress: bool,
+    check: Callable[[], None],
+) -> Path:
     from huggingface_hub import hf_hub_download
 
     revision, name = (part and urllib.parse.unquote(part) for part in (revision, name))
     if name:
         refuse_pickle(Path(name))
-    with told_of_hub(repo), hub_bars(show=progress):
-        names = [name] if name else _listed(repo, revision)
-        files = [Path(hf_hub_download(repo, one, revision=revision)) for one in names]
+
+    def fetch() -> list[Path]:
+        with told_of_hub(repo), hub_bars(show=progress):
+            names = [name] if name else _listed(repo, revision)
+            return [Path(hf_hub_download(repo, one, revision=revision)) for one in names]
+
+    files = wait_for(fetch, check=check)
     check_safetensors(files[0])
     return files[0]
 
@@ -122,7 +138,7 @@ def _chosen(names: list[str], repo: str) -> list[str]:
     return [_choose(top, f"https://huggingface.co/{repo}"), *beside]
 
 
-def _behind_url(url: str, *, progress: bool) -> Path:
+def _behind_url(url: str, *, progress: bool, check: Callable[[], None]) -> Path:
     """The file in our cache, fetched if it is not there yet."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -139,7 +155,7 @@ def _behind_url(url: str, *, progress: bool) -> Path:
         if place.exists():
             return place
         place.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, shown, partial, progress=progress)
+        _fetch(url, shown, partial, progress=progress, check=check)
         check_safetensors(partial)
         partial.replace(place)
     except KreaError as error:
@@ -153,7 +169,7 @@ def _behind_url(url: str, *, progress: bool) -> Path:
     return place
 
 
-def _fetch(url: str, shown: str, place: Path, *, progress: bool) -> None:
+def _fetch(url: str, shown: str, place: Path, *, progress: bool, check: Callable[[], None]) -> None:
     import httpx
 
     try:
@@ -167,13 +183,19 @@ def _fetch(url: str, shown: str, place: Path, *, progress: bool) -> None:
                 status = f"{answer.status_code} {answer.reason_phrase}"
                 raise WeightsNotFound(f"loras: {shown} answered {status}")
             length = int(answer.headers.get("Content-Length", 0))
-            _write(answer.iter_raw(CHUNK), length, shown, place, progress=progress)
+            _write(_checked(answer, check), length, shown, place, progress=progress)
     except KreaError:
         raise
     # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise WeightsNotFound(f"loras: could not load {shown}: {reason}") from error
+
+
+def _checked(answer: Any, check: Callable[[], None]) -> Iterator[bytes]:
+    for chunk in answer.iter_raw():
+        check()
+        yield chunk
 
 
 def _write(chunks: Any, length: int, shown: str, place: Path, *, progress: bool) -> None:

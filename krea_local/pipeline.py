@@ -27,6 +27,7 @@ from krea_local._version import __version__
 from krea_local.adapting import Adapting
 from krea_local.engine import DiffusersEngine, Engine, Task
 from krea_local.errors import (
+    Cancelled,
     GenerationFailed,
     InvalidImage,
     InvalidRequest,
@@ -181,7 +182,8 @@ class Krea:
         self._lock = threading.RLock()  # held while the models work
         self._running: threading.Thread | None = None
         self._cancelled = threading.Event()
-        self._switch = threading.Lock()  # held while the two lines above change
+        self._preparing: set[threading.Event] = set()  # of calls that fetch what they draw with
+        self._switch = threading.Lock()  # held while the three lines above change
 
     @property
     def vae_scale(self) -> int:
@@ -257,6 +259,7 @@ class Krea:
         request: Txt2ImgRequest | Img2ImgRequest,
         *,
         on_step: OnStep | None = None,
+        check: Callable[[], None] = lambda: None,
         stacklevel: int = 2,
     ) -> Result:
         """Draw what `request` asks for; raises as `txt2img` and `img2img` do.
@@ -264,6 +267,8 @@ class Krea:
         Args:
             request: what to draw.
             on_step: called after each piece of work; may raise `Cancelled`.
+            check: called now and then while the input image or a LoRA is fetched; may raise
+                `Cancelled`.
             stacklevel: whose line a `KreaWarning` names, as in `warnings.warn`.
         """
         if on_step is not None and not callable(on_step):
@@ -272,8 +277,9 @@ class Krea:
             raise InvalidRequest("on_step cannot draw with the model that is calling it")
         request = self._with_own_defaults(request)
         # Before the lock: fetching is not the GPU's business.
-        planned = self._plan_size(request)
-        loras = self._find_loras(request)
+        with self._prepared(check) as check:
+            planned = self._plan_size(request, check)
+            loras = self._find_loras(request, check)
         with self._lock:
             if self._apart:
                 raise GenerationFailed(
@@ -307,13 +313,37 @@ class Krea:
     def cancel(self) -> bool:
         """Stop the call under way, from another thread: it raises `Cancelled` within a step.
 
+        While none draws, calls that still fetch their input image or LoRA are stopped.
+
         Returns:
             Whether there was a call to stop. One that is past its last check still ends well.
         """
         with self._switch:
             if self._running is not None:
                 self._cancelled.set()
-            return self._running is not None
+                return True
+            for preparing in self._preparing:
+                preparing.set()
+            return bool(self._preparing)
+
+    @contextlib.contextmanager
+    def _prepared(self, check: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        """What to call in place of `check`; while this is open, `cancel` has it raise too."""
+        cancelled = threading.Event()
+
+        def check_both() -> None:
+            if cancelled.is_set():
+                raise Cancelled("cancelled")
+            check()
+
+        with self._switch:
+            self._preparing.add(cancelled)
+        try:
+            yield check_both
+            check_both()
+        finally:
+            with self._switch:
+                self._preparing.discard(cancelled)
 
     def wait_until_idle(self) -> None:
         """Return when no call is under way."""
@@ -443,10 +473,15 @@ class Krea:
             self._settle(smaller)
             notices.append(self._said_of(smaller, "memory did not suffice"))
 
-    def _find_loras(self, request: Txt2ImgRequest | Img2ImgRequest) -> list[LoraFile]:
+    def _find_loras(
+        self, request: Txt2ImgRequest | Img2ImgRequest, check: Callable[[], None]
+    ) -> list[LoraFile]:
         """The files that the request names, fetched if need be."""
-        loras = [one for one in cast("tuple[Lora, ...]", request.loras) if one.scale]
-        return [LoraFile(find_lora(one.path, progress=self.progress), one.scale) for one in loras]
+        return [
+            LoraFile(find_lora(one.path, progress=self.progress, check=check), one.scale)
+            for one in cast("tuple[Lora, ...]", request.loras)
+            if one.scale
+        ]
 
     def _adapt(self, files: list[LoraFile], notices: list[str]) -> None:
         """Have the models add these LoRAs, and no others.
@@ -734,7 +769,7 @@ class Krea:
         return request
 
     def _plan_size(
-        self, request: Txt2ImgRequest | Img2ImgRequest
+        self, request: Txt2ImgRequest | Img2ImgRequest, check: Callable[[], None]
     ) -> tuple[InputImage | None, tuple[int, int], list[str]]:
         """The input image, (width, height) to draw at, and what is to be said of them."""
         multiple = self.size_multiple
@@ -750,7 +785,7 @@ class Krea:
                     f"{self.label} draws multiples of {multiple}"
                 ],
             )
-        image = open_image(request.image_url)
+        image = open_image(request.image_url, check=check)
         width, height = image.image.size
         fitted = fit_input_size(width=width, height=height, multiple=multiple)
         if fitted is None:

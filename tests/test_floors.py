@@ -11,7 +11,7 @@ import krea_local
 
 PACKAGE = Path(krea_local.__file__).parent
 FLOORS = [
-    {"errors", "_version", "flags"},
+    {"errors", "_version", "flags", "background"},
     {"paths"},
     {"schema", "recipe", "sampling", "progress", "tiny", "kernels", "attention"},
     {"tensor_names", "checksums", "preview"},

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import random
 import re
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
@@ -213,7 +216,7 @@ def test_events_begin_with_the_state_and_end_with_the_end(
     running: Running, service: Service
 ) -> None:
     async def watch(job: Job) -> list[Event]:
-        return [event async for event in service.events(job.id)]
+        return [event async for event in service.events(job.id, previews=True)]
 
     async def work() -> tuple[Job, list[Event]]:
         before = await service.submit(KREA, long())
@@ -240,6 +243,34 @@ def test_events_begin_with_the_state_and_end_with_the_end(
     assert said[0] == "attempt 1 starts on cpu"
     assert said[-1].startswith("done in ")
     assert [event.job.state for event in running(watch(job))] == ["done"]
+
+
+def test_previews_are_made_for_whom_they_are_and_for_nobody_else(
+    running: Running, service: Service
+) -> None:
+    async def seen(job: Job) -> list[Event]:
+        return [event async for event in service.events(job.id)]
+
+    async def work() -> tuple[list[Event], list[Event], Event]:
+        unwatched = await seen(await service.submit(KREA, request(num_inference_steps=4)))
+        from_the_start = await seen(await service.submit(KREA, request(), previews=True))
+        job = await service.submit(KREA, long())
+        async for event in service.events(job.id):
+            if event.kind == "progress":
+                assert event.preview is None
+                break
+        async for event in service.events(job.id, previews=True):
+            if event.preview is not None:
+                await service.cancel(job.id)
+                break
+        await service.wait(job.id)
+        return unwatched, from_the_start, event
+
+    unwatched, from_the_start, late = running(work())
+    assert [event for event in unwatched if event.kind == "progress"]
+    assert not [event for event in unwatched if event.preview]
+    assert next(event.step for event in from_the_start if event.preview) == 1
+    assert late.job.state == "running"
 
 
 def test_a_reader_that_does_not_read_misses_progress_but_not_the_end(
@@ -403,6 +434,40 @@ def test_a_finished_job_is_forgotten_with_its_files(running: Running, service: S
     assert not Path(service.file_path(file)).exists()
     with pytest.raises(KeyError):
         running.wait(ended)
+
+
+def test_a_job_that_still_fetches_its_lora_is_cancelled_and_the_model_stays(
+    start: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = threading.Event()
+    endpoint = find_endpoint("fal-ai/flux-krea-lora")
+
+    def serve(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+            asked.set()
+            with contextlib.suppress(OSError):
+                while True:
+                    connection.sendall(b".")
+                    time.sleep(0.02)
+
+    running = start(private_urls=True)
+    running.until_ready()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.safetensors"
+        lora = endpoint.parse({"prompt": "a", "loras": [{"path": url}]})
+        worker = running.worker_pid()
+        job = running(running.service.submit(endpoint, lora))
+        running.until(asked.is_set)
+        assert running(running.service.cancel(job.id)) == "requested"
+        assert running.wait(job).state == "cancelled"
+        thread.join()
+    assert running.worker_pid() == worker
+    assert running.wait(running.submit(request())).state == "done"
 
 
 def test_a_lora_is_not_fetched_from_anywhere_but_the_hub(running: Running) -> None:

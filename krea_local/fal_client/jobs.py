@@ -235,17 +235,19 @@ class JobQueue:
     def _draw(self, job: Job) -> dict[str, Any]:
         krea = self._model_for(job.endpoint)
 
-        def on_step(progress: Progress) -> None:
+        def check() -> None:
             if job.cancelled:
                 raise Cancelled("cancelled by its caller")
+
+        def on_step(progress: Progress) -> None:
+            check()
             if progress.stage == "denoise":
                 self._log(job, _line(progress))
                 if job.wants_previews and _is_previewed(progress):
                     self._show(job, progress, krea.size_multiple)
 
-        if job.cancelled:
-            raise Cancelled("cancelled by its caller")
-        result: Result = krea.run(job.request, on_step=on_step)
+        check()
+        result: Result = krea.run(job.request, on_step=on_step, check=check)
         for notice in result.notices:
             self._log(job, notice, level="WARN")
         return result.to_api()

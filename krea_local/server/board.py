@@ -37,6 +37,8 @@ class Board:
     Attributes:
         queue: those that wait.
         changed: set when one may be able to start.
+        watched: those that are not finished, and whose previews somebody looks at.
+        on_watched: called with the id of one that becomes so.
     """
 
     def __init__(self, store: Store, on_finished: Callable[[Job], None]) -> None:
@@ -44,6 +46,8 @@ class Board:
         self._on_finished = on_finished
         self.queue = Queue()
         self.changed = asyncio.Event()
+        self.watched: set[str] = set()
+        self.on_watched: Callable[[str], None] | None = None
         self._unfinished: dict[str, Job] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
         self._last: dict[str, Event] = {}  # of progress, by the job that runs
@@ -78,13 +82,21 @@ class Board:
             job = self._must(id)
         return job
 
-    async def events(self, id: str) -> AsyncIterator[Event]:
+    async def events(self, id: str, *, previews: bool) -> AsyncIterator[Event]:
         """What happens to a job; see `Service.events`."""
         job = self._must(id)
+        if previews and job.state not in FINISHED:
+            self.watch(id)
         last = self._last.get(id)
         first = Event("state", job) if last is None else replace(last, kind="state", job=job)
         async for event in self._watching.events(first):
             yield event
+
+    def watch(self, id: str) -> None:
+        """From now on, a job's previews are wanted."""
+        self.watched.add(id)
+        if self.on_watched is not None:
+            self.on_watched(id)
 
     def _must(self, id: str) -> Job:
         job = self.job(id)
@@ -160,6 +172,7 @@ class Board:
         del self._unfinished[id]
         self._last.pop(id, None)
         self._logs.pop(id, None)
+        self.watched.discard(id)
         self._keep(job)
         self._watching.publish(Event("state", job, fraction=float(state == "done")))
         for end in self._ends.pop(id, ()):

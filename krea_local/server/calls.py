@@ -106,6 +106,7 @@ async def submit(
     webhook: str | None = None,
     low_priority: bool = False,
     start_within: float | None = None,
+    previews: bool = False,
 ) -> Job:
     """Validate a call and put it into the queue; once this returns, no crash loses it.
 
@@ -118,6 +119,7 @@ async def submit(
         webhook: where the job's end is told.
         low_priority: after all others that wait.
         start_within: seconds after which it fails if it has not started.
+        previews: whether they are wanted from its first step on.
 
     Raises:
         InvalidRequest: a fault of the arguments.
@@ -139,6 +141,7 @@ async def submit(
         webhook=webhook,
         low_priority=low_priority,
         start_within=start_within,
+        previews=previews,
     )
     if release is not None:
         release()
@@ -207,9 +210,9 @@ async def _gone(request: HttpRequest) -> None:
         pass
 
 
-async def followed(web: Web, id: str) -> AsyncIterator[Event]:
+async def followed(web: Web, id: str, *, previews: bool = False) -> AsyncIterator[Event]:
     """What happens to a job, until it or the server ends; its place in the queue, too."""
-    events = web.service.events(id)
+    events = web.service.events(id, previews=previews)
     stopped = asyncio.ensure_future(web.stopped.wait())
     upcoming: asyncio.Future[Event] | None = None
     position = 0

@@ -71,6 +71,7 @@ class Dispatcher:
         self._stopping = False
         self._mean_seconds = FIRST_GUESS
         self.paused = False
+        board.on_watched = self._show
 
     def start(self) -> None:
         """Start the workers; does not wait for them."""
@@ -112,6 +113,11 @@ class Dispatcher:
         with contextlib.suppress(sqlite3.Error):  # the disk is full: it stops all the same
             await self._board.store.mark_cancelling(id)
         return True
+
+    def _show(self, id: str) -> None:
+        running = self._running.get(id)
+        if running is not None:
+            running.worker.show(id)
 
     def _stop_job(self, running: _Running, why: Literal["cancelled", "too long"]) -> None:
         if running.why or running.over.is_set():
@@ -187,6 +193,7 @@ class Dispatcher:
             "arguments": {name: job.arguments[name] for name in job.arguments if name != IMAGE},
             "input": waiting.input,
             "files": running.files,
+            "previews": job.id in self._board.watched,
         }
         loop = asyncio.get_running_loop()
         too_long = loop.call_later(self._seconds, self._stop_job, running, "too long")

@@ -87,6 +87,7 @@ def _add_endpoint(app: FastAPI, web: Web, endpoint: Endpoint) -> None:
             arguments,
             low_priority=_low_priority(request),
             start_within=start_within,
+            previews=True,
         )
         del arguments
         events = _streamed(web, answers.base_url(web, request), job)
@@ -158,7 +159,7 @@ def _post(
 async def _streamed(web: Web, base: str, job: Job) -> AsyncIterator[ServerSentEvent]:
     """Previews, then the output; cancels the job if its client goes away."""
     last = job
-    events = calls.followed(web, job.id)
+    events = calls.followed(web, job.id, previews=True)
     try:
         async for event in events:
             last = event.job

@@ -244,7 +244,7 @@ def _shown(web: Web, job: Job) -> dict[str, object]:
 
 
 async def _events(web: Web, job: Job) -> AsyncIterator[ServerSentEvent]:
-    async for event in calls.followed(web, job.id):
+    async for event in calls.followed(web, job.id, previews=True):
         told = _event(web, event)
         yield ServerSentEvent(to_json(told).decode(), event=event.kind)
 

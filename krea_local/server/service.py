@@ -164,6 +164,7 @@ class Service:
         webhook: str | None = None,
         low_priority: bool = False,
         start_within: float | None = None,
+        previews: bool = False,
     ) -> Job:
         """Take a job; when this returns, no crash loses it.
 
@@ -175,6 +176,7 @@ class Service:
             webhook: where its end is told.
             low_priority: after all others that wait.
             start_within: seconds after which it fails (504 request_timeout) if it has not started.
+            previews: whether they are wanted from its first step on.
 
         Raises:
             InvalidImage: bytes that are no PNG, JPEG or WebP, or too large.
@@ -207,14 +209,18 @@ class Service:
                 input=image.id if isinstance(image, StoredFile) else None,
             )
             # Shielded: who asks may go away, but what is on the disk must be in the queue too.
-            await asyncio.shield(self._add(job, waiting, owned))
+            await asyncio.shield(self._add(job, waiting, owned, previews))
         finally:
             self._arriving -= 1
         return job
 
-    async def _add(self, job: Job, waiting: Waiting, owned: list[StoredFile]) -> None:
+    async def _add(
+        self, job: Job, waiting: Waiting, owned: list[StoredFile], previews: bool
+    ) -> None:
         try:
             await self._board.add(job, waiting, owned)
+            if previews:
+                self._board.watch(job.id)
         except (LookupError, sqlite3.Error) as error:
             self._store.files.remove([file.id for file in owned])
             if isinstance(error, LookupError):
@@ -346,13 +352,13 @@ class Service:
         """The job once it is finished; `KeyError` if there is none of that id."""
         return await self._board.wait(id)
 
-    def events(self, id: str) -> AsyncIterator[Event]:
+    def events(self, id: str, *, previews: bool = False) -> AsyncIterator[Event]:
         """What happens to a job from now on, beginning with its present state; ends when it does.
 
         A reader that is too slow misses progress, never the end. `KeyError` at the first event if
-        there is no job of that id.
+        there is no job of that id. Previews are made from the first reader on who wants them.
         """
-        return self._board.events(id)
+        return self._board.events(id, previews=previews)
 
     async def cancel(self, id: str) -> Cancelling:
         """Cancel a job: at once if it waits, within a step if it runs."""

@@ -71,11 +71,12 @@ class Answers:
 
 
 class Orders:
-    """What the server wants: jobs one by one, and at any time that one of them be cancelled."""
+    """What the server wants: jobs one by one, and at any time that one be cancelled or shown."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
+        self._shown: set[str] = set()
         self._stream = stream
         self.settings: dict[str, Any] = json.loads(stream.readline())
         threading.Thread(target=self._read, daemon=True).start()
@@ -88,12 +89,25 @@ class Orders:
         """Whether that job is to stop."""
         return id in self._cancelled
 
+    def is_shown(self, id: str) -> bool:
+        """Whether somebody looks at that job's previews."""
+        return id in self._shown
+
+    def forget(self, id: str) -> None:
+        """That job is over."""
+        self._cancelled.discard(id)
+        self._shown.discard(id)
+
     def _read(self) -> None:
         for line in self._stream:
             order = json.loads(line)
             if order["kind"] == "cancel":
                 self._cancelled.add(order["id"])
+            elif order["kind"] == "show":
+                self._shown.add(order["id"])
             else:
+                if order.get("previews"):
+                    self._shown.add(order["id"])
                 self._jobs.put(order)
         os._exit(0)  # the server is gone, or wants us to be
 
@@ -224,10 +238,11 @@ class _Drawing:
             self.answers.send("done", outcome=asdict(outcome))
         finally:
             ours.removeHandler(handler)
+            self.orders.forget(self.id)
 
     def _draw(self) -> Outcome:
         request = self._request()
-        result = self.krea.run(request, on_step=self._on_step)
+        result = self.krea.run(request, on_step=self._on_step, check=self._check)
         return self._store(result)
 
     def _request(self) -> Request:
@@ -248,12 +263,17 @@ class _Drawing:
             assert isinstance(request, Img2ImgRequest)
         return request
 
-    def _on_step(self, progress: Progress) -> None:
+    def _check(self) -> None:
         if self.orders.is_cancelled(self.id):
             raise Cancelled("cancelled")
+
+    def _on_step(self, progress: Progress) -> None:
+        self._check()
         preview = None
         now = time.monotonic()
-        if progress.latents is not None and now - self.shown > PREVIEW_SECONDS:
+        # Only for whom it is: a GPU has to wait until it is made.
+        wanted = self.orders.is_shown(self.id) and now - self.shown > PREVIEW_SECONDS
+        if wanted and progress.latents is not None:
             preview = self._preview(progress)
             # Counted from the end, so that a slow GPU has more to do than previews.
             self.shown = time.monotonic()

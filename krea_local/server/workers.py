@@ -63,6 +63,7 @@ class Worker:
         self._answer: asyncio.Future[Message] | None = None
         self._on_message: Callable[[Message], None] | None = None
         self._sending = threading.Lock()
+        self._telling: set[asyncio.Task[None]] = set()
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._fatal = ""
 
@@ -124,9 +125,18 @@ class Worker:
 
     def cancel(self, id: str) -> None:
         """Have it stop that job within a step; does not wait for that."""
+        self._tell("cancel", id)
+
+    def show(self, id: str) -> None:
+        """Have it send previews of that job from now on; does not wait for that."""
+        self._tell("show", id)
+
+    def _tell(self, kind: str, id: str) -> None:
         if self._process is not None:
-            work = asyncio.to_thread(self._send, self._process, {"kind": "cancel", "id": id})
-            self._cancelling = asyncio.create_task(work)
+            work = asyncio.to_thread(self._send, self._process, {"kind": kind, "id": id})
+            telling = asyncio.create_task(work)
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
 
     def kill(self) -> None:
         """End it at once."""
