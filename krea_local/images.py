@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import stat
+import threading
 import time
 import urllib.parse
 import warnings
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from krea_local.background import wait_for
-from krea_local.errors import InvalidImage, InvalidRequest, KreaError
+from krea_local.background import TooSlow, wait_for
+from krea_local.errors import InvalidImage, InvalidRequest
 from krea_local.paths import expanded
 
 if TYPE_CHECKING:
@@ -171,19 +172,24 @@ def _fetch(url: str, shown: str, check: Callable[[], None]) -> bytes:
     A thread of its own fetches, because no timeout of an HTTP client bounds the whole of an
     answer: a server may send its headers, too, a byte at a time.
     """
+
+    def work(_: threading.Event) -> bytes:
+        try:
+            return _download(url, shown)
+        except InvalidImage:
+            raise
+        # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise InvalidImage(f"image_url: could not load {shown}: {reason}") from error
+
     try:
-        return wait_for(lambda: _download(url, shown), check=check, seconds=FETCH_SECONDS)
-    except KreaError:
-        raise
-    except TimeoutError:
+        return wait_for(work, check=check, seconds=FETCH_SECONDS)
+    except TooSlow:
         raise InvalidImage(
             f"image_url: {shown} took over {FETCH_SECONDS:g} s to arrive: download it and pass the "
             "file"
         ) from None
-    # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise InvalidImage(f"image_url: could not load {shown}: {reason}") from error
 
 
 def _download(url: str, shown: str) -> bytes:

@@ -11,14 +11,14 @@ import hashlib
 import os
 import re
 import secrets
-import time
+import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from krea_local.background import wait_for
-from krea_local.errors import InvalidRequest, KreaError, OutputFailed, WeightsNotFound
+from krea_local.background import LOOK_SECONDS, TooSlow, wait_for
+from krea_local.errors import Cancelled, InvalidRequest, KreaError, OutputFailed, WeightsNotFound
 from krea_local.files import check_safetensors
 from krea_local.lora import PEFT_CONFIG
 from krea_local.paths import cache_folder, expanded
@@ -34,6 +34,9 @@ HUB_URL = re.compile(
 MAX_BYTES = 8 * 2**30  # of all of FLUX.1's layers in bfloat16, rank 512 takes 5.7
 ANSWER_SECONDS, FETCH_SECONDS = 30.0, 3600.0
 MAX_REDIRECTS = 5
+# Downloads from the hub at a time. One that nobody waits for any more goes on, and is there the
+# next time; without a limit they would pile up.
+_AT_THE_HUB = threading.BoundedSemaphore(2)
 
 
 def find_lora(
@@ -103,10 +106,16 @@ def _on_hub(
     if name:
         refuse_pickle(Path(name))
 
-    def fetch() -> list[Path]:
-        with told_of_hub(repo), hub_bars(show=progress):
-            names = [name] if name else _listed(repo, revision)
-            return [Path(hf_hub_download(repo, one, revision=revision)) for one in names]
+    def fetch(left: threading.Event) -> list[Path]:
+        while not _AT_THE_HUB.acquire(timeout=LOOK_SECONDS):
+            if left.is_set():
+                return []
+        try:
+            with told_of_hub(repo), hub_bars(show=progress):
+                names = [name] if name else _listed(repo, revision)
+                return [Path(hf_hub_download(repo, one, revision=revision)) for one in names]
+        finally:
+            _AT_THE_HUB.release()
 
     files = wait_for(fetch, check=check)
     check_safetensors(files[0])
@@ -155,9 +164,18 @@ def _behind_url(url: str, *, progress: bool, check: Callable[[], None]) -> Path:
         if place.exists():
             return place
         place.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, shown, partial, progress=progress, check=check)
+        wait_for(
+            lambda left: _fetch(url, shown, partial, left, progress=progress),
+            check=check,
+            seconds=FETCH_SECONDS,
+        )
         check_safetensors(partial)
         partial.replace(place)
+    except TooSlow:
+        message = f"loras: {shown} took over {FETCH_SECONDS:g} s to arrive"
+        raise WeightsNotFound(message) from None
+    except Cancelled:
+        raise
     except KreaError as error:
         # The name that it would have had says more than the partial file's.
         raise type(error)(str(error).replace(str(partial), shown)) from error
@@ -169,7 +187,8 @@ def _behind_url(url: str, *, progress: bool, check: Callable[[], None]) -> Path:
     return place
 
 
-def _fetch(url: str, shown: str, place: Path, *, progress: bool, check: Callable[[], None]) -> None:
+def _fetch(url: str, shown: str, place: Path, left: threading.Event, *, progress: bool) -> None:
+    """Write what is behind a URL; when `left` is set, stop and leave nothing."""
     import httpx
 
     try:
@@ -183,7 +202,7 @@ def _fetch(url: str, shown: str, place: Path, *, progress: bool, check: Callable
                 status = f"{answer.status_code} {answer.reason_phrase}"
                 raise WeightsNotFound(f"loras: {shown} answered {status}")
             length = int(answer.headers.get("Content-Length", 0))
-            _write(_checked(answer, check), length, shown, place, progress=progress)
+            _write(answer.iter_raw(), length, shown, place, left, progress=progress)
     except KreaError:
         raise
     # httpx's own errors, and what bad proxy and certificate variables raise before it starts.
@@ -192,23 +211,24 @@ def _fetch(url: str, shown: str, place: Path, *, progress: bool, check: Callable
         raise WeightsNotFound(f"loras: could not load {shown}: {reason}") from error
 
 
-def _checked(answer: Any, check: Callable[[], None]) -> Iterator[bytes]:
-    for chunk in answer.iter_raw():
-        check()
-        yield chunk
-
-
-def _write(chunks: Any, length: int, shown: str, place: Path, *, progress: bool) -> None:
-    bar = Bar(length, show=progress and length > 0, unit="B")
-    count, deadline = 0, time.monotonic() + FETCH_SECONDS
+def _write(
+    chunks: Iterator[bytes],
+    length: int,
+    shown: str,
+    place: Path,
+    left: threading.Event,
+    *,
+    progress: bool,
+) -> None:
+    bar, count = Bar(length, show=progress and length > 0, unit="B"), 0
     try:
         with _opened(place) as file:
             for chunk in chunks:
+                if left.is_set():
+                    break
                 count += len(chunk)
                 if count > MAX_BYTES:
                     raise WeightsNotFound(f"loras: {shown} is over {MAX_BYTES // 2**30} GiB")
-                if time.monotonic() > deadline:
-                    raise WeightsNotFound(f"loras: {shown} took over {FETCH_SECONDS:g} s to arrive")
                 try:
                     file.write(chunk)
                 except OSError as error:
@@ -216,6 +236,8 @@ def _write(chunks: Any, length: int, shown: str, place: Path, *, progress: bool)
                 bar.advance("lora", len(chunk))
     finally:
         bar.close()
+        if left.is_set():  # whoever waited has cleared up, perhaps before there was a file
+            place.unlink(missing_ok=True)
 
 
 def _opened(place: Path) -> IO[bytes]:

@@ -276,31 +276,11 @@ class Krea:
         if self._running is threading.current_thread():
             raise InvalidRequest("on_step cannot draw with the model that is calling it")
         request = self._with_own_defaults(request)
-        # Before the lock: fetching is not the GPU's business.
-        with self._prepared(check) as check:
-            planned = self._plan_size(request, check)
-            loras = self._find_loras(request, check)
-        with self._lock:
-            if self._apart:
-                raise GenerationFailed(
-                    "a call failed, so that the processes that draw together are at different "
-                    "places: start them again"
-                )
-            with self._switch:
-                self._cancelled.clear()
-                self._running = threading.current_thread()
-            try:
-                self._apart = self.group is not None
-                with (
-                    torch.inference_mode(),
-                    explained_out_of_memory(FREE_IT if self.plan else LET_IT_CHOOSE),
-                ):
-                    request = self._agreed(request, planned[0])
-                    result = self._run_somehow(request, loras, *planned, on_step)
-                self._apart = False
-            finally:
-                with self._switch:
-                    self._running = None
+        with self._begun() as cancelled:
+            # Before the lock: fetching is not the GPU's business.
+            prepared = self._prepare_call(request, cancelled, check)
+            with self._lock:
+                result = self._run_alone(request, cancelled, *prepared, on_step)
         # What a level cannot do here is in every result's notices, but said aloud once.
         ever = set(self.engine.notices.get(request.acceleration, ()))
         for notice in result.notices:
@@ -313,7 +293,8 @@ class Krea:
     def cancel(self) -> bool:
         """Stop the call under way, from another thread: it raises `Cancelled` within a step.
 
-        While none draws, calls that still fetch their input image or LoRA are stopped.
+        While none draws, calls that still fetch their input image or LoRA are stopped; not where
+        several processes draw together.
 
         Returns:
             Whether there was a call to stop. One that is past its last check still ends well.
@@ -325,25 +306,6 @@ class Krea:
             for preparing in self._preparing:
                 preparing.set()
             return bool(self._preparing)
-
-    @contextlib.contextmanager
-    def _prepared(self, check: Callable[[], None]) -> Iterator[Callable[[], None]]:
-        """What to call in place of `check`; while this is open, `cancel` has it raise too."""
-        cancelled = threading.Event()
-
-        def check_both() -> None:
-            if cancelled.is_set():
-                raise Cancelled("cancelled")
-            check()
-
-        with self._switch:
-            self._preparing.add(cancelled)
-        try:
-            yield check_both
-            check_both()
-        finally:
-            with self._switch:
-                self._preparing.discard(cancelled)
 
     def wait_until_idle(self) -> None:
         """Return when no call is under way."""
@@ -444,6 +406,69 @@ class Krea:
         """How `acceleration` runs here: chosen, and its kernels compiled, when first asked for."""
         with self._lock, self._current_device():
             return self.engine.prepare(acceleration)
+
+    @contextlib.contextmanager
+    def _begun(self) -> Iterator[threading.Event]:
+        """What `cancel` sets to stop a call, from before it fetches anything to its end."""
+        cancelled = threading.Event()
+        if self.group is None:  # the other processes would wait for this one
+            with self._switch:
+                self._preparing.add(cancelled)
+        try:
+            yield cancelled
+        finally:
+            with self._switch:
+                self._preparing.discard(cancelled)
+
+    def _prepare_call(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        cancelled: threading.Event,
+        check: Callable[[], None],
+    ) -> tuple[list[LoraFile], InputImage | None, tuple[int, int], list[str]]:
+        """What a call draws with: its LoRAs, its input image, its size and notices of them."""
+
+        def check_both() -> None:
+            if cancelled.is_set():
+                raise Cancelled("cancelled")
+            check()
+
+        planned = self._plan_size(request, check_both)
+        return self._find_loras(request, check_both), *planned
+
+    def _run_alone(
+        self,
+        request: Txt2ImgRequest | Img2ImgRequest,
+        cancelled: threading.Event,
+        loras: list[LoraFile],
+        input_image: InputImage | None,
+        size: tuple[int, int],
+        notices: list[str],
+        on_step: OnStep | None,
+    ) -> Result:
+        """A call that has the lock."""
+        if self._apart:
+            raise GenerationFailed(
+                "a call failed, so that the processes that draw together are at different "
+                "places: start them again"
+            )
+        with self._switch:
+            self._preparing.discard(cancelled)
+            self._cancelled = cancelled
+            self._running = threading.current_thread()
+        try:
+            self._apart = self.group is not None
+            with (
+                torch.inference_mode(),
+                explained_out_of_memory(FREE_IT if self.plan else LET_IT_CHOOSE),
+            ):
+                request = self._agreed(request, input_image)
+                result = self._run_somehow(request, loras, input_image, size, notices, on_step)
+            self._apart = False
+        finally:
+            with self._switch:
+                self._running = None
+        return result
 
     def _run_somehow(
         self,

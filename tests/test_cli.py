@@ -529,7 +529,7 @@ def test_the_real_command_draws_and_then_answers_ctrl_c_with_130(tmp_path: Path)
     assert process.stdout.readline().startswith(b"out/one-")  # the first is done, the second runs
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(120) == 130
     shown = b""
     while True:
         try:

@@ -150,11 +150,11 @@ def test_bad_bytes_are_refused_with_the_reason(data: bytes, message: str) -> Non
 
 
 def test_a_bomb_is_refused_from_its_header_without_decoding() -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(InvalidImage, match="over 32 megapixels"):
         open_image(png_header(13000, 13000))
     # Decoding 169 megapixels takes seconds and 500 MB; reading a header takes neither.
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:

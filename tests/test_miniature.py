@@ -401,12 +401,14 @@ def test_evaluate_draws_judges_and_writes(
     monkeypatch.setattr(evaluate, "STEPS", 2)
     monkeypatch.setattr(evaluate, "SIZE", "square")
     monkeypatch.setattr(evaluate, "THRESHOLDS", (0.0, 9.0))
-    files = ["--output", str(tmp_path / "a.json"), "--sheet", str(tmp_path / "a.png")]
-    files += ["--plot", str(tmp_path / "curves.png"), "--dtype", "bfloat16"]
+    common = [model, "--count", "15", "--dtype", "bfloat16", "--output", str(tmp_path / "a.json")]
     monkeypatch.setattr(evaluate, "MANY_STEPS", 12)
     monkeypatch.setattr(evaluate, "IMG2IMG_STEPS", 10)
     parts = ["held-out", "strength", "thresholds"]
-    assert evaluate.main([model, "--count", "15", "--parts", *parts, *files]) == 0
+    sheet_file, plot_file = str(tmp_path / "a.png"), str(tmp_path / "curves.png")
+    assert evaluate.main([*common, "--parts", parts[0], "--sheet", sheet_file]) == 0
+    # What a file has of the same checkpoint stays in it.
+    assert evaluate.main([*common, "--parts", *parts[1:], "--plot", plot_file]) == 0
     made = json.loads((tmp_path / "a.json").read_text())
     assert list(made["parts"]) == parts
     assert made["dtype"] == "bfloat16"

@@ -53,7 +53,7 @@ def test_the_two_commands_install_then_draw_and_test(monkeypatch: pytest.MonkeyP
     with Image.open("scene.jpeg") as scene:
         assert scene.size == PRESETS["landscape_4_3"]
         assert scene.getpixel((5, 5)) == pytest.approx((250, 250, 247), abs=12)  # white
-    assert ".venv/bin/python -m pytest -n auto" in test
+    assert test.rstrip().endswith(" -m pytest -n logical --maxprocesses 4 --dist loadfile")
 
 
 def test_the_python_programs_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -456,7 +456,8 @@ def test_a_job_that_still_fetches_its_lora_is_cancelled_and_the_model_stays(
     running = start(private_urls=True)
     running.until_ready()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=serve, args=(listening,))
+        listening.settimeout(60)
+        thread = threading.Thread(target=serve, args=(listening,), daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.safetensors"
         lora = endpoint.parse({"prompt": "a", "loras": [{"path": url}]})
@@ -465,9 +466,9 @@ def test_a_job_that_still_fetches_its_lora_is_cancelled_and_the_model_stays(
         running.until(asked.is_set)
         assert running(running.service.cancel(job.id)) == "requested"
         assert running.wait(job).state == "cancelled"
-        thread.join()
-    assert running.worker_pid() == worker
+        thread.join(60)
     assert running.wait(running.submit(request())).state == "done"
+    assert running.worker_pid() == worker
 
 
 def test_a_lora_is_not_fetched_from_anywhere_but_the_hub(running: Running) -> None:

@@ -37,7 +37,7 @@ class Board:
     Attributes:
         queue: those that wait.
         changed: set when one may be able to start.
-        watched: those that are not finished, and whose previews somebody looks at.
+        watched: those that are not finished, and whose previews somebody has asked for.
         on_watched: called with the id of one that becomes so.
     """
 
@@ -94,6 +94,8 @@ class Board:
 
     def watch(self, id: str) -> None:
         """From now on, a job's previews are wanted."""
+        if id in self.watched:
+            return
         self.watched.add(id)
         if self.on_watched is not None:
             self.on_watched(id)

@@ -144,7 +144,7 @@ def _jobs(web: Web) -> APIRouter:
         url = arguments.get("image_url")
         if isinstance(url, str) and url.startswith("/files/"):
             arguments["image_url"] = answers.base_url(web, request) + url
-        job = await calls.submit(web, request, endpoint, arguments)
+        job = await calls.submit(web, request, endpoint, arguments, previews=True)
         headers = {"x-fal-request-id": job.id}
         return answer(_shown(web, job), 202, headers)
 

@@ -116,6 +116,7 @@ def main() -> None:
     """Load the model, then draw what is asked for, for as long as the server lives."""
     # Standard output may be written by any library: let it be seen, but not be taken for answers.
     os.dup2(2, 1)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     _die_with(int(sys.argv[2]))
     answers = Answers(int(sys.argv[1]))
     orders = Orders(sys.stdin.buffer)
@@ -271,7 +272,7 @@ class _Drawing:
         self._check()
         preview = None
         now = time.monotonic()
-        # Only for whom it is: a GPU has to wait until it is made.
+        # Only where somebody looks: a preview makes the GPU wait.
         wanted = self.orders.is_shown(self.id) and now - self.shown > PREVIEW_SECONDS
         if wanted and progress.latents is not None:
             preview = self._preview(progress)
