@@ -81,6 +81,13 @@ def test_seeds_differ_and_repeat(mini: krea_local.Krea) -> None:
     assert not np.array_equal(one, other)
 
 
+def test_guidance_steers_more_the_farther_it_is_turned(mini: krea_local.Krea) -> None:
+    said = "a large orange circle on a blue background"
+    least, usual, most = (draw(mini, said, guidance_scale=scale) for scale in (1, 4.5, 20))
+    assert {corner(pixels) for pixels in (least, usual, most)} == {"blue"}
+    assert 0.001 < np.abs(least - usual).mean() < np.abs(least - most).mean()
+
+
 def test_words_it_never_learned_do_not_break_it(mini: krea_local.Krea) -> None:
     pixels = draw(mini, "A photorealistic RED Square on a white background 🦊")
     assert corner(pixels) == "white"

@@ -48,6 +48,7 @@ STRENGTHS = (0.3, 0.6, 0.95)
 STEP_COUNTS = (4, STEPS, 16, MANY_STEPS)
 THRESHOLDS = (0.04, 0.08, 0.16, 0.32)
 MOST_PSNR = 99.0  # of equal pictures, so that means can be taken
+SAME = ("sha256", "device", "dtype")  # in figures that may stand together
 SHOWN, SHEET_COLUMNS, SHEET_CELL = 20, 4, 256
 
 
@@ -328,7 +329,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--emulate-float8", action="store_true", help="8-bit floats on the CPU, for `levels`"
     )
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="write the figures to this JSON file; other parts of the same checkpoint stay in it",
+    )
     parser.add_argument("--sheet", type=Path, help="write pictures to this PNG file")
     parser.add_argument("--plot", type=Path, help="draw the figures to this PNG file")
     options = parser.parse_args(arguments)
@@ -365,6 +370,11 @@ def evaluate(options: argparse.Namespace) -> None:
         "versions": versions(),
         "parts": {},
     }
+    if options.output and options.output.exists():
+        earlier = json.loads(options.output.read_text(encoding="utf-8"))
+        if all(earlier[key] == result[key] for key in SAME):
+            result["parts"] = earlier["parts"]
+            result["emulated_float8"] |= earlier["emulated_float8"]
     bench = Bench(krea, options.count)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore", KreaWarning)
