@@ -14,7 +14,6 @@ from krea_local.errors import (
     DeviceUnavailable,
     InvalidRequest,
     KreaError,
-    OutOfMemory,
     WeightsNotFound,
 )
 from krea_local.safety import THRESHOLD
@@ -51,6 +50,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     memory: str | None = None,
     offload: str | None = None,
+    packed: bool | None = None,
     acceleration: str = "none",
     engine: EngineName = "native",
     compile: bool = False,
@@ -71,7 +71,7 @@ def load(
             else FLUX.1 Krea [dev] if the cache holds it.
         transformer: a file to take instead of the model's transformer: safetensors in the original
             or diffusers' layout, in floats of 16 or 32 bits, in 8 bits with or without scales, in
-            bitsandbytes' 4 bits; or GGUF, which needs the package gguf. All are read into `dtype`.
+            bitsandbytes' 4 bits; or GGUF, which needs the package gguf.
         text_encoder_2: a file to take instead of the model's T5, likewise.
         device: "cuda", "cuda:1", "cpu"; "auto" is CUDA if there is a GPU, else the CPU.
         dtype: "bfloat16", "float32"; "auto" is bfloat16 on CUDA, float32 on the CPU.
@@ -85,6 +85,10 @@ def load(
             needs once, about 27 GiB; "model" also lets encoders, transformer and VAE take turns,
             about 17 GiB; "blocks" has no more of the large ones there than three blocks at a time,
             about 2.5 GiB, and copies the next ones while one works.
+        packed: keep the large weights of files in 8 bits, 4 bits or GGUF as they are there, and
+            widen a layer's where it is used: a half to a sixth of the memory, for some of a step's
+            time. The picture is that of weights widened beforehand (False), bit for bit. Default:
+            where a plan is made, packed unless the whole transformer fits onto the GPU widened.
         acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
             "regular" multiplies in 8-bit floats, "high" also skips steps; `speed.LEVELS` has all.
         engine: "native" is our transformer; "diffusers" is theirs, to compare with.
@@ -119,6 +123,10 @@ def load(
         raise InvalidRequest(f"memory={memory!r}: is for engine='native'; 'diffusers' has offload=")
     if engine == "diffusers" and offload in ("modulation", "blocks"):
         raise InvalidRequest(f"offload={offload!r}: should be 'none' or 'model' with 'diffusers'")
+    if packed is not None and type(packed) is not bool:
+        raise InvalidRequest(f"packed={packed!r}: should be True, False or None")
+    if engine == "diffusers" and packed:
+        raise InvalidRequest("packed=True: is for engine='native'")
     if type(compile) is not bool:
         raise InvalidRequest(f"compile={compile!r}: should be True or False")
     if engine == "diffusers" and compile:
@@ -138,6 +146,7 @@ def load(
             dtype=dtype,
             memory=memory,
             offload=offload,
+            packed=packed,
             level=level,
             engine=engine,
             compile=compile,
@@ -164,6 +173,7 @@ def _load(
     dtype: str | torch.dtype,
     memory: str | None,
     offload: str | None,
+    packed: bool | None,
     level: Acceleration,
     engine: EngineName,
     compile: bool,
@@ -200,9 +210,14 @@ def _load(
         memory = "auto"
     plan = None
     if memory not in (None, "none"):
-        sizes = loading.sizes(checkpoint, dtype)
-        plan = choose_plan(sizes, memory, device, dtype, batch_size, level)
-        offload = plan.offload
+        sizes, narrow = loading.sizes(checkpoint, dtype), None
+        if packed is not False and engine == "native":
+            narrow = loading.sizes(checkpoint, dtype, packed=True)
+            narrow = None if narrow == sizes else narrow
+        plan = choose_plan(
+            sizes, memory, device, dtype, batch_size, level, packed=narrow, always=bool(packed)
+        )
+        offload, packed = plan.offload, plan.packed
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
     cpu = torch.device("cpu")
     home = cpu if offload in ("model", "blocks") else device
@@ -217,6 +232,7 @@ def _load(
                 device=home,
                 modulation_device=home if offload == "none" else cpu,
                 engine=engine,
+                packed=bool(packed),
                 on_bytes=bar.advance,
             )
     finally:
@@ -313,6 +329,7 @@ class LoadOptions(TypedDict, total=False):
     dtype: str | torch.dtype
     memory: str | None
     offload: str | None
+    packed: bool | None
     acceleration: str
     engine: EngineName
     compile: bool
@@ -391,8 +408,13 @@ def choose_plan(
     dtype: torch.dtype,
     batch_size: int,
     level: Acceleration,
+    *,
+    packed: Sizes | None = None,
+    always: bool = False,
 ) -> Plan:
     """What stays on `device` with as much of its memory as `memory` says and there is.
+
+    `packed` and `always` are as for `plan.choose`.
 
     Raises:
         InvalidRequest: `memory` is no amount.
@@ -415,15 +437,15 @@ def choose_plan(
     if budget is None:
         raise InvalidRequest("memory='auto': is for a GPU; on the CPU give an amount, or nothing")
     float8 = level != "none" and dtype == torch.bfloat16 and has_float8(device)
-    chosen = plan.choose(sizes, budget, batch=batch_size, float8=float8)
-    available = available_host_memory()
-    if chosen.offload == "blocks" and available is not None and available < sizes.everything:
-        raise OutOfMemory(
-            f"memory={memory!r}: {budget / plan.GIB:.1f} GiB on the GPU do not hold the model; it "
-            f"has to be in host memory, which takes {sizes.everything / plan.GIB:.1f} GiB and has "
-            f"{available / plan.GIB:.1f} available: free some of either"
-        )
-    return chosen
+    return plan.choose(
+        sizes,
+        budget,
+        packed=packed,
+        always=always,
+        host=available_host_memory(),
+        batch=batch_size,
+        float8=float8,
+    )
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from krea_local.errors import WeightsInvalid
 from krea_local.files import check_safetensors, read_json, weight_files
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
     from transformers import PreTrainedModel, T5EncoderModel
 
-    from krea_local.formats import Stored
+    from krea_local.formats import Packed, Stored
+    from krea_local.layers import Linear
+    from krea_local.packed import Packing
     from krea_local.reading import Numbers, Transfer, View
-    from krea_local.tensor_names import Piece
     from krea_local.transformer import Config, FluxTransformer
 
 # What older checkpoints carry besides: positions, tied embeddings, the other half of CLIP or T5.
@@ -153,6 +155,26 @@ def empty_transformer(folder: Path) -> tuple[FluxTransformer, Config]:
         raise WeightsInvalid(f"{str(folder / 'config.json')!r}: {reason}") from error
 
 
+def packed_transformer(folder: Path, files: list[Path], dtype: torch.dtype) -> FluxTransformer:
+    """Our transformer as `load_transformer` makes it with `packed`, without memory."""
+    from krea_local import formats
+
+    model, config = empty_transformer(folder)
+    with formats.opened(files) as stored:
+        model.pack(_packings(stored, model, _places(files, stored, model, config)), dtype)
+    return model
+
+
+def packed_t5(folder: Path, files: list[Path], dtype: torch.dtype) -> T5EncoderModel:
+    """T5's encoder as `load_t5` makes it with `packed`, without memory."""
+    from krea_local import formats
+
+    model = _empty_t5(folder)
+    with formats.opened(files, "t5") as found:
+        _pack_t5(model, _t5_tensors(files, found, model), dtype)
+    return model
+
+
 def check_module(kind: Any, folder: Path, files: list[Path]) -> None:
     """See that the tensors of `files` are those of a diffusers model; reads none of them.
 
@@ -186,6 +208,8 @@ def load_transformer(
     devices: tuple[torch.device, torch.device],
     on_bytes: OnBytes,
     transfers: list[Transfer],
+    *,
+    packed: bool = False,
 ) -> FluxTransformer:
     """Our transformer, in whose fused tensors those of the files go.
 
@@ -196,61 +220,135 @@ def load_transformer(
         devices: of the weights, and of the modulation's.
         on_bytes: hears of what is read here: numbers that have to be computed.
         transfers: takes what is still to be read.
+        packed: keep large weights in the bits that the files keep them in, where there are fewer.
     """
-    from krea_local import formats, tensor_names
+    from krea_local import formats
 
     model, config = empty_transformer(folder)
-    width = config.hidden_size
-    table = tensor_names.pieces(config.num_layers, config.num_single_layers)
-    modulations = {id(layer) for layer in model.modulations()}
-    apart = {
-        f"{name}.{kind}"
-        for name, module in model.named_modules()
-        if id(module) in modulations
-        for kind in ("weight", "bias")
-    }
     with formats.opened(files) as stored:
-        wanted = _layout_of(stored, model, config)
-        _refuse_others(files, stored, wanted)
-        state = _give_memory(model, dtype, devices[0], dict.fromkeys(apart, devices[1]))
+        places = _places(files, stored, model, config)
+        packings = _packings(stored, model, places) if packed else {}
+        model.pack(packings, dtype)
+        modulations = {id(layer) for layer in model.modulations()}
+        apart = {
+            f"{name}.{kind}": devices[1]
+            for name, module in model.named_modules()
+            if id(module) in modulations
+            for kind in module._parameters
+        }
+        state = _give_memory(model, dtype, devices[0], apart)
         pairs: dict[str, list[tuple[torch.Tensor, View]]] = {}
-        if wanted.keys() == state.keys():  # fused there too
-            pairs = {name: [(tensor, _all)] for name, tensor in state.items()}
-        else:
-            for piece in table:
-                target = piece.of_original(state[piece.original], width)
-                view = partial(piece.of_diffusers, hidden_size=width)
-                pairs.setdefault(piece.diffusers, []).append((target, view))
-        for name, one in stored.items():
-            _fill(pairs[name], one, folder, on_bytes, transfers)
-        fused = wanted.keys() == state.keys()
-        _keep_scales(model, stored, {} if fused else {piece.diffusers: piece for piece in table})
+        for target, sources in places.items():
+            layer = target.removesuffix(".weight")
+            for place in sources:
+                if target.endswith(".weight") and layer in packings:
+                    own = stored[place.source].packed
+                    assert own is not None
+                    parts = {name: state[f"{layer}.{name}"] for name in packings[layer].shapes}
+                    _fill_packed(own, parts, place, folder, transfers)
+                else:
+                    pair = place.of_target(state[target]), place.of_source
+                    pairs.setdefault(place.source, []).append(pair)
+        for name, targets in pairs.items():
+            _fill(targets, stored[name], folder, on_bytes, transfers)
+        _keep_scales(model, stored, places)
     return model
 
 
-def _keep_scales(
-    model: FluxTransformer, stored: Mapping[str, Stored], pieces: Mapping[str, Piece]
+@dataclass(frozen=True)
+class _Place:
+    """Where rows of a model's tensor come from.
+
+    Attributes:
+        source: the name of a file's tensor.
+        of_target: the view of the model's tensor that they are.
+        of_source: that of the file's.
+    """
+
+    source: str
+    of_target: View
+    of_source: View
+
+
+def _places(
+    files: list[Path], stored: Mapping[str, Stored], model: FluxTransformer, config: Config
+) -> dict[str, list[_Place]]:
+    """Where each of the model's tensors comes from, after seeing that all are there."""
+    from krea_local import tensor_names
+
+    wanted = _layout_of(stored, model, config)
+    _refuse_others(files, stored, wanted)
+    names = model.state_dict()
+    if wanted.keys() == names.keys():  # fused there too
+        return {name: [_Place(name, _all, _all)] for name in names}
+    found: dict[str, list[_Place]] = {}
+    for piece in tensor_names.pieces(config.num_layers, config.num_single_layers):
+        views = (
+            partial(view, hidden_size=config.hidden_size)
+            for view in (piece.of_original, piece.of_diffusers)
+        )
+        found.setdefault(piece.original, []).append(_Place(piece.diffusers, *views))
+    return found
+
+
+def _packings(
+    stored: Mapping[str, Stored], model: FluxTransformer, places: Mapping[str, list[_Place]]
+) -> dict[str, Packing]:
+    """How the files' large layers are packed, by name; those that are, and in one way."""
+    found = {}
+    large = {id(owner.get_submodule(name)) for owner, name in model.large_layers()}
+    large |= {id(layer) for layer in model.modulations()}
+    for name, module in model.named_modules():
+        if id(module) not in large:
+            continue
+        kept = [stored[place.source].packed for place in places[f"{name}.weight"]]
+        packings = [one.packing for one in kept if one is not None]
+        if len(packings) == len(kept) and all(packings[0].joins(one) for one in packings):
+            found[name] = packings[0].of_rows(cast("Linear", module).out_features)
+    return found
+
+
+def _fill_packed(
+    own: Packed,
+    parts: Mapping[str, torch.Tensor],
+    place: _Place,
+    folder: Path,
+    transfers: list[Transfer],
 ) -> None:
-    """Tell layers that are kept in 8-bit floats how; `pieces` by name, where they are not fused."""
+    """Put a file's packed rows in their place among a layer's parts, or leave it to `transfers`."""
+    from krea_local.packed import CODES, TABLE
+    from krea_local.reading import Transfer
+
+    target = place.of_target(parts[CODES])
+    transfers.append(Transfer(own.codes.part(place.of_source), target, folder.name))
+    for name, other in own.others().items():
+        if name == TABLE:
+            parts[name].copy_(other)
+        else:
+            place.of_target(parts[name]).copy_(place.of_source(other))
+
+
+def _keep_scales(
+    model: FluxTransformer, stored: Mapping[str, Stored], places: Mapping[str, list[_Place]]
+) -> None:
+    """Tell layers whose files have 8-bit floats what those were multiplied by."""
     import torch
 
     from krea_local.layers import Linear
+    from krea_local.packed import PackedLinear
 
-    width = model.config.hidden_size
-    scales: dict[str, torch.Tensor] = {}
-    for name, one in stored.items():
-        if one.scale is None:
-            continue
-        piece = pieces.get(name)
-        layer = (piece.original if piece else name).removesuffix(".weight")
-        linear = model.get_submodule(layer)
+    names = {id(module): name for name, module in model.named_modules()}
+    for linear in (owner.get_submodule(attribute) for owner, attribute in model.large_layers()):
         assert isinstance(linear, Linear)
-        scale = scales.setdefault(layer, torch.zeros(linear.out_features))
-        (piece.of_original(scale, width) if piece else scale).copy_(one.scale())
-    for layer, scale in scales.items():
+        if isinstance(linear, PackedLinear):
+            continue
+        layer, scale = names[id(linear)], torch.zeros(linear.out_features)
+        for place in places[f"{layer}.weight"]:
+            own = stored[place.source].packed
+            if own is None or own.codes.dtype != torch.float8_e4m3fn:
+                break
+            place.of_target(scale).copy_(place.of_source(own.others()["scale"]))
         if bool((scale.isfinite() & (scale > 0)).all()):  # of all rows, and usable
-            linear = model.get_submodule(layer)
-            assert isinstance(linear, Linear)
             linear.float8_scale = scale
 
 
@@ -288,20 +386,43 @@ def load_t5(
     device: torch.device,
     on_bytes: OnBytes,
     transfers: list[Transfer],
+    *,
+    packed: bool = False,
 ) -> T5EncoderModel:
     """T5's encoder from files outside its folder, which has its configuration.
 
-    `on_bytes` and `transfers` are as in `load_transformer`.
+    `on_bytes`, `transfers` and `packed` are as in `load_transformer`.
     """
     from krea_local import formats
 
     model = _empty_t5(folder)
     with formats.opened(files, "t5") as found:
         stored = _t5_tensors(files, found, model)
+        layers = _pack_t5(model, stored, dtype) if packed else set()
         state = _give_memory(model, dtype, device)
         for name, one in stored.items():
-            _fill([(state[name], _all)], one, folder, on_bytes, transfers)
+            layer = name.removesuffix(".weight")
+            if layer in layers and one.packed:
+                parts = {part: state[f"{layer}.{part}"] for part in one.packed.packing.shapes}
+                _fill_packed(one.packed, parts, _Place(name, _all, _all), folder, transfers)
+            else:
+                _fill([(state[name], _all)], one, folder, on_bytes, transfers)
     return model
+
+
+def _pack_t5(model: T5EncoderModel, stored: Mapping[str, Stored], dtype: torch.dtype) -> set[str]:
+    """Make room for packed weights in T5's blocks, where its file has such; returns the layers."""
+    import torch
+
+    from krea_local.packed import PackedLinear
+
+    layers = set()
+    for name, module in list(model.encoder.block.named_modules(prefix="encoder.block")):
+        if isinstance(module, torch.nn.Linear) and (own := stored[f"{name}.weight"].packed):
+            with torch.device("meta"):
+                model.set_submodule(name, PackedLinear(own.packing, bias=False, dtype=dtype))
+            layers.add(name)
+    return layers
 
 
 def _empty_t5(folder: Path) -> T5EncoderModel:
@@ -378,13 +499,21 @@ def _give_memory(
     """
     import torch
 
+    from krea_local.packed import PackedLinear
+
     places = apart or {}
+    packed = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for part in module.packing.shapes
+    }
     made: dict[int, torch.Tensor] = {}  # by what it replaces: tied weights stay tied
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in made:
-            place = places.get(name, device)
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=dtype, device=place)
+            place, number = places.get(name, device), tensor.dtype if name in packed else dtype
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=number, device=place)
         state[name] = made[id(tensor)]
     model.load_state_dict(state, assign=True)
     if hasattr(model, "tie_weights"):

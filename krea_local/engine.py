@@ -115,11 +115,20 @@ class Engine:
         """Inside, the blocks' weights come to the device as a level's steps need them."""
         if self._resident_blocks is None:
             return nullcontext()
+        return self._alone(level).open()
+
+    def leave_others(self, level: Acceleration) -> None:
+        """Give the memory back that streamed blocks hold for levels of another precision."""
+        if self._resident_blocks is not None:
+            self._alone(level)
+
+    def _alone(self, level: Acceleration) -> BlockStream:
+        """The stream of a level; two precisions have no room beside each other."""
         stream = self._stream(self.variant(self.prepare(level)))
         for other in self._streams.values():
             if other is not stream:
-                other.leave()  # two precisions have no room beside each other
-        return stream.open()
+                other.leave()
+        return stream
 
     def block_bytes(self, level: Acceleration) -> list[int]:
         """What each block takes at a level, where blocks are streamed; else nothing."""

@@ -13,6 +13,7 @@ LOADING = (
     "dtype",
     "memory",
     "offload",
+    "packed",
     "engine",
     "compile",
     "safety_checker",
@@ -54,6 +55,13 @@ def add_loading(command: argparse.ArgumentParser) -> None:
         help='"none": all on the GPU, about 33 GiB; "modulation": but for a part needed once an '
         'image, 27 GiB; "model": models take turns, 17 GiB; "blocks": their blocks do, 2 GiB '
         "(default: none)",
+    )
+    group.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        help="keep weights of files in 8 bits, 4 bits or GGUF as they are there, and widen them "
+        "where they are used: less memory, some time, the same picture (default: where they do "
+        "not fit widened)",
     )
     group.add_argument(
         "--engine",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from krea_local import ggml
 from krea_local.errors import KreaError, UnsupportedModel, WeightsInvalid, WeightsNotFound
 from krea_local.files import FLOAT8, FLOATS, check_safetensors
+from krea_local.packed import CODES, TABLE, Packing, widen
 from krea_local.reading import Numbers, locate
 
 ModelName = Literal["transformer", "t5"]
@@ -66,8 +70,7 @@ class Stored:
         nbytes: that they take in the file, without their scales.
         read: the numbers, in some float dtype, on the CPU.
         numbers: where they lie in the file as they are; None where `read` has to compute them.
-        scale: where they are kept in float8_e4m3, what those are multiplied by: float32 [N], one a
-            row; else None.
+        packed: how they can be kept as they are in the file; None where they cannot, or are wide.
     """
 
     name: str
@@ -76,7 +79,22 @@ class Stored:
     nbytes: int
     read: Callable[[], Tensor]
     numbers: Numbers | None = None
-    scale: Callable[[], Tensor] | None = None
+    packed: Packed | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix of a file in the bits it is kept in.
+
+    Attributes:
+        packing: how.
+        codes: where those of its rows lie in the file.
+        others: reads its other parts, on the CPU.
+    """
+
+    packing: Packing
+    codes: Numbers
+    others: Callable[[], dict[str, Tensor]]
 
 
 @contextlib.contextmanager
@@ -187,14 +205,9 @@ class _File:
 
     def _float8(self, name: str, scale: str | None) -> Stored:
         kind = self._dtype(name)
-        is_e4m3 = kind == "F8_E4M3" and len(self._shape(name)) == 2
         if scale is None:
             stored = replace(self._as_it_is(name), read=lambda: self._read(name).float())
-            return (
-                replace(stored, scale=functools.partial(torch.ones, stored.shape[0]))
-                if is_e4m3
-                else stored
-            )
+            return replace(stored, packed=_packed_float8(stored.numbers, stored.shape))
         rows, numbers = self._shape(name)[0], self._shape(scale)
         if numbers not in ((), (1,), (rows,), (1, 1), (rows, 1)):
             raise WeightsInvalid(
@@ -207,9 +220,10 @@ class _File:
             return self._read(name).float() * factor
 
         stored = self._stored(name, f"{kind} with scale", read)
-        if not is_e4m3:
-            return stored
-        return replace(stored, scale=lambda: self._read(scale).float().flatten().expand(rows))
+        codes = self.numbers.get(self.prefix + name)
+        return replace(
+            stored, packed=_packed_float8(codes, stored.shape, lambda: self._read(scale))
+        )
 
     def _check_spare(self, name: str) -> None:
         if not name.endswith("comfy_quant"):
@@ -242,25 +256,91 @@ class _File:
             raise WeightsInvalid(
                 f"{str(self.path)!r}: tensor {name}{QUANT_STATE}{kind} lacks {error}"
             ) from error
+        one = _FourBit(self, name, shape, block, nested, offset)
+        stored = replace(self._stored(name, kind.upper(), one.read), shape=shape)
+        if block < 2 or block % 2 or math.prod(shape) != 2 * stored.nbytes:
+            raise WeightsInvalid(
+                f"{str(self.path)!r}: tensor {name} has {stored.nbytes:,} bytes, which are not "
+                f"{shape} numbers of 4 bits in blocks of {block}"
+            )
+        return replace(stored, packed=one.packed())
 
-        def read() -> Tensor:
-            largest = self._read(f"{name}.absmax")
-            if nested:
-                groups = self._read(f"{name}.nested_absmax").repeat_interleave(nested)
-                values = self._read(f"{name}.nested_quant_map")[largest.int()]
-                largest = values * groups[: values.numel()] + offset
-            packed = self._read(name).contiguous().view(torch.uint8).flatten()
-            if 2 * packed.numel() != torch.Size(shape).numel():
-                raise WeightsInvalid(
-                    f"{str(self.path)!r}: tensor {name} has {packed.numel():,} bytes, which are "
-                    f"not {shape} numbers of 4 bits"
-                )
-            codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().int()
-            values = self._read(f"{name}.quant_map")[codes]
-            values = values * largest.repeat_interleave(block)[: values.numel()]
-            return values.reshape(shape)
 
-        return replace(self._stored(name, kind.upper(), read), shape=shape)
+@dataclass(frozen=True)
+class _FourBit:
+    """A tensor of bitsandbytes: blocks of `block` numbers, one after the other."""
+
+    file: _File
+    name: str
+    shape: tuple[int, ...]
+    block: int
+    nested: int
+    offset: float
+
+    @property
+    def blocks(self) -> int:
+        return -(-math.prod(self.shape) // self.block)
+
+    def read(self) -> Tensor:
+        """Block by block, of which a row need not be a multiple."""
+        count, half = math.prod(self.shape), self.block // 2
+        codes = self.file._read(self.name).contiguous().view(torch.uint8).flatten()
+        codes = F.pad(codes, (0, self.blocks * half - codes.numel())).view(self.blocks, half)
+        numbers = widen("4bit", {CODES: codes, **self.others(self.blocks)})
+        return numbers.flatten()[:count].reshape(self.shape)
+
+    def packed(self) -> Packed | None:
+        numbers = self.file.numbers.get(self.file.prefix + self.name)
+        if numbers is None or len(self.shape) != 2 or self.shape[1] % self.block:
+            return None
+        rows, columns = self.shape
+        codes = replace(numbers, shape=(rows, columns // 2), dtype=torch.uint8)
+        shapes = {"largest": (rows, columns // self.block), TABLE: (16,)}
+        return _packed("4bit", codes, self.shape, shapes, lambda: self.others(rows))
+
+    def others(self, rows: int) -> dict[str, Tensor]:
+        """What the codes are read with; `largest` in so many rows."""
+        read, name = self.file._read, self.name
+        largest = read(f"{name}.absmax")
+        if self.nested:
+            groups = read(f"{name}.nested_absmax").repeat_interleave(self.nested)
+            values = read(f"{name}.nested_quant_map")[largest.int()]
+            largest = values * groups[: values.numel()] + self.offset
+        table = read(f"{name}.quant_map").float()
+        if largest.numel() != self.blocks or table.numel() != 16:
+            raise WeightsInvalid(
+                f"{str(self.file.path)!r}: tensor {name}.absmax has {largest.numel():,} numbers "
+                f"where {self.blocks:,} belong, or its quant_map {table.numel()} where 16 do"
+            )
+        return {"largest": largest.float().reshape(rows, -1), TABLE: table.flatten()}
+
+
+def _packed(
+    kind: str,
+    codes: Numbers | None,
+    shape: tuple[int, ...],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    others: Callable[[], dict[str, Tensor]] = dict,
+) -> Packed | None:
+    """A matrix [N, K] as it is kept; `shapes` are those of its other parts, in float32."""
+    if codes is None or len(shape) != 2 or not all(shape):
+        return None
+    parts = {CODES: codes.shape, **(shapes or {})}
+    dtypes = {part: codes.dtype if part == CODES else torch.float32 for part in parts}
+    return Packed(Packing(kind, dtypes, parts, (shape[0], shape[1])), codes, others)
+
+
+def _packed_float8(
+    codes: Numbers | None,
+    shape: tuple[int, ...],
+    scale: Callable[[], Tensor] = lambda: torch.ones(1),
+) -> Packed | None:
+    """A matrix in 8-bit floats; `scale` reads what all of it or each row is multiplied by."""
+
+    def others() -> dict[str, Tensor]:
+        return {"scale": scale().float().flatten().expand(shape[0])}
+
+    return _packed("float8", codes, shape, {"scale": shape[:1]}, others)
 
 
 def _gguf(file: Path, model: ModelName) -> dict[str, Stored]:
@@ -291,7 +371,8 @@ def _gguf(file: Path, model: ModelName) -> dict[str, Stored]:
             ours = _t5_name(name) if architecture.startswith("t5") else name[len(prefix) :]
             read = functools.partial(_read_gguf, file, tensor, shapes[name])
             kind, nbytes = tensor.tensor_type.name, int(tensor.n_bytes)
-            found[ours] = Stored(ours, shapes[name], kind, nbytes, read)
+            packed = _packed_gguf(file, tensor, shapes[name])
+            found[ours] = Stored(ours, shapes[name], kind, nbytes, read, packed=packed)
     return found
 
 
@@ -311,6 +392,14 @@ def _read_gguf(file: Path, tensor: Any, shape: tuple[int, ...]) -> Tensor:
         raise WeightsInvalid(
             f"{str(file)!r}: tensor {tensor.name} is {tensor.tensor_type.name}: {error}"
         ) from error
+
+
+def _packed_gguf(file: Path, tensor: Any, shape: tuple[int, ...]) -> Packed | None:
+    kind, nbytes = tensor.tensor_type.name, int(tensor.n_bytes)
+    if kind not in ggml.KINDS or len(shape) != 2 or shape[1] % ggml.KINDS[kind][0]:
+        return None
+    codes = Numbers(file, int(tensor.data_offset), (shape[0], nbytes // shape[0]), torch.uint8)
+    return _packed(kind, codes, shape)
 
 
 def _t5_name(name: str) -> str:

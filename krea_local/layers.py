@@ -89,6 +89,21 @@ class Linear(nn.Linear):
         """As `nn.Linear`, of [R, K]."""
         return self.multiply(input, self.weight, self.bias)
 
+    def weight_on(self, device: torch.device) -> Tensor:
+        """Its weight [N, K] on `device`; without waiting, if it is locked in host memory."""
+        return self.weight.to(device, non_blocking=True)
+
+    def kept_float8(self, device: torch.device) -> Quantized | None:
+        """Its weight where the layer is, as its file has it in float8_e4m3; None if it has not.
+
+        What there is to compute is computed on `device`.
+        """
+        if self.float8_scale is None:
+            return None
+        home, scale = self.weight.device, self.float8_scale.to(device)[:, None]
+        values = (self.weight.detach().to(device).float() / scale).to(torch.float8_e4m3fn)
+        return Quantized(values.to(home), scale.to(home))
+
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """As `forward`, with copies of its own weights."""
         out = F.linear(x, weight, bias)
@@ -140,16 +155,15 @@ class Float8Linear(nn.Module):
         They are quantised on `device` and kept where `linear` is. Where its file has 8-bit floats,
         and nothing is added, they are those: a second rounding would be as large as the first.
         """
-        home = linear.weight.device
-        weight = linear.weight.detach().to(device)
+        bias = linear.bias.detach()
+        kept = None if linear.low_rank else linear.kept_float8(device)
+        if kept is not None:
+            return cls(kept, bias)
+        weight = linear.weight_on(device).detach()
         if linear.low_rank is not None:
-            values, scale = quantize(linear.low_rank.added_to(weight))
-        elif linear.float8_scale is not None:
-            scale = linear.float8_scale.to(device)[:, None]
-            values = (weight.float() / scale).to(torch.float8_e4m3fn)
-        else:
-            values, scale = quantize(weight)
-        return cls(Quantized(values.to(home), scale.to(home)), linear.bias.detach())
+            weight = linear.low_rank.added_to(weight)
+        values, scale = quantize(weight)
+        return cls(Quantized(values.to(bias.device), scale.to(bias.device)), bias)
 
     def project(self, x: Rows, out: Tensor | None = None) -> Tensor:
         """Quantised x [R, K] → [R, N] in the model's precision."""

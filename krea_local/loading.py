@@ -25,6 +25,8 @@ from krea_local.components import (
     load_pretrained,
     load_t5,
     load_transformer,
+    packed_t5,
+    packed_transformer,
 )
 from krea_local.errors import UnsupportedModel, WeightsInvalid, WeightsNotFound
 from krea_local.files import AGAIN, check_safetensors, read_json, weight_files
@@ -68,6 +70,7 @@ def load_models(
     device: torch.device,
     modulation_device: torch.device | None = None,
     engine: EngineName = "native",
+    packed: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> Models:
     """Read a checkpoint, which `check_layout` has seen, onto `device`.
@@ -78,6 +81,7 @@ def load_models(
         device: where they go.
         modulation_device: where the transformer's modulation goes instead, with engine "native".
         engine: whose transformer class.
+        packed: keep large weights in the bits that their files keep them in, where there are fewer.
         on_bytes: hears of progress.
 
     Raises:
@@ -102,7 +106,7 @@ def load_models(
     t5_folder, t5_files = folder / "text_encoder_2", files["text_encoder_2"]
     text_encoder = pretrained(CLIPTextModel, folder / "text_encoder")
     text_encoder_2 = (
-        load_t5(t5_folder, t5_files, dtype, device, report, transfers)
+        load_t5(t5_folder, t5_files, dtype, device, report, transfers, packed=packed)
         if checkpoint.text_encoder_2_file
         else pretrained(T5EncoderModel, t5_folder)
     )
@@ -110,7 +114,13 @@ def load_models(
     vae = load_module(AutoencoderKL, folder / "vae", files["vae"], dtype, device, transfers)
     devices = device, modulation_device or device
     transformer: FluxTransformer | FluxTransformer2DModel = load_transformer(
-        folder / "transformer", files["transformer"], dtype, devices, report, transfers
+        folder / "transformer",
+        files["transformer"],
+        dtype,
+        devices,
+        report,
+        transfers,
+        packed=packed,
     )
     reading.read(transfers, report)
     if engine == "diffusers":
@@ -152,23 +162,33 @@ def checkpoint_bytes(checkpoint: Checkpoint) -> int:
     )
 
 
-def sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> Sizes:
+def sizes(checkpoint: Checkpoint, dtype: torch.dtype, *, packed: bool = False) -> Sizes:
     """What the weights of a checkpoint, which `check_layout` has seen, will take in `dtype`.
 
+    Args:
+        checkpoint: which.
+        dtype: of every weight that is not packed.
+        packed: as in `load_models`.
+
     Raises:
-        WeightsInvalid: a configuration that makes no model.
+        WeightsNotFound, WeightsInvalid: a configuration that makes no model; with `packed`, as
+            `load_models` raises them.
     """
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+    from krea_local.packed import scratch_bytes, weight_bytes
+
     folder = checkpoint.folder
 
     def count(modules: Iterable[torch.nn.Module]) -> int:
-        weights = {id(p): p.numel() for module in modules for p in module.parameters()}
-        return sum(weights.values()) * dtype.itemsize
+        return weight_bytes(modules, dtype.itemsize)
 
-    transformer, config = empty_transformer(folder / "transformer")
+    transformer = wide = empty_transformer(folder / "transformer")[0]
+    if packed:
+        files = component_files(checkpoint, "transformer")
+        transformer = packed_transformer(folder / "transformer", files, dtype)
     vae = empty_module(AutoencoderKL, folder / "vae")
     try:
         with torch.device("meta"):
@@ -177,11 +197,15 @@ def sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> Sizes:
     except Exception as error:  # a configuration can ask for anything
         reason = str(error) or type(error).__name__
         raise WeightsInvalid(f"{str(folder)!r}: {reason}") from error
+    if packed and checkpoint.text_encoder_2_file:
+        t5_files = component_files(checkpoint, "text_encoder_2")
+        t5 = packed_t5(folder / "text_encoder_2", t5_files, dtype)
     blocks = tuple(count(block) for block in transformer.step_blocks())
     t5_blocks = tuple(count([block]) for block in t5.encoder.block)
     checker = folder / "safety_checker" / "model.safetensors"
     return Sizes(
         blocks=blocks,
+        numbers=sum(weight_bytes(block, 1) for block in wide.step_blocks()),
         outside=count(transformer.step_modules()) - sum(blocks),
         modulation=count(transformer.modulations()),
         t5_blocks=t5_blocks,
@@ -189,8 +213,10 @@ def sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> Sizes:
         text_encoder=count([clip]),
         vae=count([vae]),
         safety_checker=checker.stat().st_size if checker.is_file() else SAFETY_CHECKER_BYTES,
-        row=config.hidden_size * dtype.itemsize,
+        row=transformer.config.hidden_size * dtype.itemsize,
         itemsize=dtype.itemsize,
+        scratch=scratch_bytes([transformer, t5], dtype.itemsize),
+        float8=transformer.is_kept_in_float8,
     )
 
 

@@ -25,6 +25,7 @@ from krea_local import tensor_names
 from krea_local.errors import UnsupportedModel, WeightsInvalid
 from krea_local.files import check_safetensors, read_json
 from krea_local.layers import LowRank
+from krea_local.packed import PackedLinear
 
 if TYPE_CHECKING:
     from krea_local.transformer import FluxTransformer
@@ -290,9 +291,9 @@ def _low_rank(
         there = next(one for one in (pair.down, pair.up, pair.alpha) if one is not None)
         raise WeightsInvalid(f"{str(file.path)!r} holds {there[0]}, but not its counterpart")
     (name, down), (up_name, up) = pair.down, pair.up
-    weights = [_weight(model, place.layer) for place in places]
-    rows = [place.rows or weight.shape[0] for place, weight in zip(places, weights, strict=True)]
-    outputs, inputs = sum(rows), weights[0].shape[1]
+    layers = [_linear(model, place.layer) for place in places]
+    rows = [place.rows or layer.out_features for place, layer in zip(places, layers, strict=True)]
+    outputs, inputs = sum(rows), layers[0].in_features
     rank = down.shape[0] if down.ndim else 0
     for label, tensor, wanted in ((name, down, (rank, inputs)), (up_name, up, (outputs, rank))):
         if tuple(tensor.shape) != wanted or not rank:
@@ -305,7 +306,7 @@ def _low_rank(
         if not bool(tensor.float().isfinite().all()):
             raise WeightsInvalid(f"{str(file.path)!r}: tensor {label} has NaN or infinity")
     scale = file.scale * _own_scale(file.path, pair, rank, config)
-    dtype = weights[0].dtype
+    dtype = layers[0].dtype if isinstance(layers[0], PackedLinear) else layers[0].weight.dtype
     down = (down.float() * scale).to(dtype)
     found = []
     for place, count in zip(places, rows, strict=True):
@@ -314,11 +315,10 @@ def _low_rank(
     return found
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """That of a linear layer."""
+def _linear(model: nn.Module, name: str) -> nn.Linear:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    return layer.weight
+    return layer
 
 
 def _own_scale(path: Path, pair: _Pair, rank: int, config: Mapping[str, Any]) -> float:

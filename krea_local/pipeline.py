@@ -611,6 +611,15 @@ class Krea:
             pin_tensors(self._t5.homes, self.device)
         self.engine.stream_blocks(self._resident_blocks)
 
+    def _make_way(self, acceleration: Acceleration) -> None:
+        """Have no more stay on the GPU than what the plan keeps there at this level."""
+        if self._t5 is not None and self.plan is not None:
+            assert isinstance(self.engine, Engine)
+            with self._current_device():
+                self.engine.leave_others(acceleration)
+                blocks = self.engine.block_bytes(acceleration)
+            self._t5.keep(self.plan.for_blocks(blocks).t5_resident)
+
     def _resident_blocks(self, sizes: Sequence[int]) -> int:
         return self.plan.for_blocks(sizes).resident if self.plan else 0
 
@@ -625,6 +634,7 @@ class Krea:
         assert request.seed is not None
         start = time.perf_counter()
         checker = self._checker() if request.enable_safety_checker else None
+        self._make_way(request.acceleration)
         width, height = size
         steps, stages = request.num_inference_steps, TXT2IMG_STAGES
         if isinstance(request, Img2ImgRequest):
@@ -854,6 +864,7 @@ class Krea:
     def _transformer(self, acceleration: Acceleration) -> Iterator[None]:
         """Have what the steps of a call need on the device, and to oneself."""
         with self._lock, self._current_device():
+            self._make_way(acceleration)
             modules = self.engine.modules(acceleration)
             with self._resident(*modules), self.engine.streaming(acceleration):
                 yield

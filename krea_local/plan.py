@@ -42,6 +42,7 @@ class Sizes:
 
     Attributes:
         blocks: of each block of the transformer, without modulation.
+        numbers: how many numbers those are, all together.
         outside: of the transformer's layers outside blocks, without modulation.
         modulation: all of it.
         t5_blocks: of each block of T5.
@@ -51,9 +52,12 @@ class Sizes:
         safety_checker: all of it.
         row: of one token [D] between blocks.
         itemsize: of a number; 2 in bfloat16.
+        scratch: what widening a packed layer takes, where there are such.
+        float8: whether the blocks' weights are in 8-bit floats, and need no others at any level.
     """
 
     blocks: tuple[int, ...]
+    numbers: int
     outside: int
     modulation: int
     t5_blocks: tuple[int, ...]
@@ -63,6 +67,8 @@ class Sizes:
     safety_checker: int
     row: int
     itemsize: int = 2
+    scratch: int = 0
+    float8: bool = False
 
     @property
     def t5(self) -> int:
@@ -78,8 +84,10 @@ class Sizes:
 
 # The 12 B model in bfloat16: 19 double blocks of 24 D² weights and their biases and norms, 38
 # single ones of 12 D²; as many as its original file holds, and as the published files of the rest.
+BLOCKS = (453_096_448,) * 19 + (226_542_080,) * 38
 FLUX1 = Sizes(
-    blocks=(453_096_448,) * 19 + (226_542_080,) * 38,
+    blocks=BLOCKS,
+    numbers=sum(BLOCKS) // 2,
     outside=90_488_960,
     modulation=6_494_896_128,
     t5_blocks=(385_900_000,) * 24,
@@ -99,31 +107,51 @@ class Plan:
         sizes: of the model.
         offload: what takes turns.
         resident: blocks of the transformer that stay there, with offload "blocks".
+        t5_resident: blocks of T5 that do, once all of the transformer's do.
         budget: bytes that there are; None for as many as it takes.
         pixels: of the images that it is made for.
         batch: images that are denoised together.
         float8: whether the blocks are also needed in 8 bits.
         adapters: bytes of LoRAs, which stay there.
         strips: whether pictures of any size are decoded in strips, which rounds otherwise.
+        packed: whether weights stay in the fewer bits of their files, of which `sizes` then are.
     """
 
     sizes: Sizes
     offload: Offload = "none"
     resident: int = 0
+    t5_resident: int = 0
     budget: int | None = None
     pixels: int = 2**20
     batch: int = 1
     float8: bool = False
     adapters: int = 0
     strips: bool = False
+    packed: bool = False
 
     @property
     def streamed(self) -> int:
         """Bytes that cross the bus at every step."""
-        if self.offload != "blocks":
-            return 0
-        blocks = self.sizes.blocks
-        return sum(blocks[i] for i in visitors(len(blocks), self.resident))
+        return _visiting(self.sizes.blocks, self.resident) if self.offload == "blocks" else 0
+
+    @property
+    def t5_streamed(self) -> int:
+        """Bytes of T5's blocks that cross the bus at every new prompt."""
+        blocks = self.sizes.t5_blocks
+        return _visiting(blocks, self.t5_resident) if self.offload == "blocks" else 0
+
+    @property
+    def host(self) -> int:
+        """Bytes of weights in host memory."""
+        sizes = self.sizes
+        if self.offload in ("none", "modulation"):
+            return sizes.modulation if self.offload == "modulation" else 0
+        return sizes.everything + self._float8
+
+    @property
+    def _float8(self) -> int:
+        """Bytes of the blocks in 8 bits, where they are needed beside the others."""
+        return self.sizes.numbers if self.float8 and not self.sizes.float8 else 0
 
     @property
     def stages(self) -> dict[str, int]:
@@ -138,26 +166,25 @@ class Plan:
             kept += sizes.vae + sizes.safety_checker + RESERVE + self.adapters
             kept += sizes.modulation if self.offload == "none" else 0
             # Where blocks visit the GPU, those in 8 bits come instead of the others.
-            kept += sum(sizes.blocks) // 2 if self.float8 else 0
+            kept += self._float8
             return {
-                "text": kept,
+                "text": kept + sizes.scratch,
                 "encode": kept + encoding,
-                "denoise": kept + denoising,
+                "denoise": kept + sizes.scratch + denoising,
                 "decode": kept + decoding,
             }
         kept = sizes.safety_checker + RESERVE + self.adapters
         places = 0
         if self.offload == "blocks":
-            kept += sum(sizes.blocks) - self.streamed
-            streamed = len(sizes.blocks) - self.resident
-            places = min(PLACES, streamed) * max(sizes.blocks)
-            text = sizes.t5_outside + min(PLACES, len(sizes.t5_blocks)) * max(sizes.t5_blocks)
+            kept += sum(sizes.blocks) - self.streamed + sum(sizes.t5_blocks) - self.t5_streamed
+            places = _places(sizes.blocks, self.resident)
+            text = sizes.t5_outside + _places(sizes.t5_blocks, self.t5_resident)
         else:
             places, text = sum(sizes.blocks), sizes.t5
         return {
-            "text": kept + text + sizes.text_encoder,
+            "text": kept + text + sizes.text_encoder + sizes.scratch,
             "encode": kept + sizes.vae + encoding,
-            "denoise": kept + sizes.outside + places + denoising,
+            "denoise": kept + sizes.outside + places + sizes.scratch + denoising,
             "decode": kept + sizes.vae + decoding,
         }
 
@@ -181,7 +208,7 @@ class Plan:
         if self.offload != "blocks" or self.budget is None or self.strips:
             return same
         fitting = [plan for plan in _with_blocks(same) if plan.peak <= self.budget]
-        return fitting[0] if fitting else replace(same, resident=0)
+        return fitting[0] if fitting else replace(same, resident=0, t5_resident=0)
 
     def smaller(self) -> Plan | None:
         """The next plan that takes less, by some blocks at a time; None if there is none."""
@@ -208,9 +235,12 @@ class Plan:
         if self.offload == "none":
             rows[1] = (*rows[1][:2], kept[True])
         if streams:
-            count = len(sizes.blocks)
+            count, t5_count = len(sizes.blocks), len(sizes.t5_blocks)
             said = f"{self.resident} of {count} blocks stay, the others visit it at every step"
             rows[0] = (*rows[0][:2], said if self.resident < count else kept[True])
+            if self.t5_resident:
+                said = f"{self.t5_resident} of {t5_count} blocks stay, the others visit it"
+                rows[2] = (*rows[2][:2], said if self.t5_resident < t5_count else kept[True])
         if self.strips:
             rows[4] = (*rows[4][:2], f"{rows[4][2]}, and decodes in strips")
         lines = [f"{name:17}{size / GIB:6.2f} GiB  {where}" for name, size, where in rows]
@@ -232,7 +262,7 @@ def options(plan: Plan) -> Iterator[Plan]:
     Strips come last, with no block that stays: they change the rounding of pixels, and would only
     make room for a block or two.
     """
-    plan = replace(plan, resident=0, strips=False)
+    plan = replace(plan, resident=0, t5_resident=0, strips=False)
     yield replace(plan, offload="none")
     yield replace(plan, offload="modulation")
     yield from _with_blocks(plan)
@@ -240,11 +270,24 @@ def options(plan: Plan) -> Iterator[Plan]:
 
 
 def _with_blocks(plan: Plan) -> list[Plan]:
+    count, t5_count = len(plan.sizes.blocks), len(plan.sizes.t5_blocks)
+    staying = [(resident, 0) for resident in range(count)]
+    staying += [(count, resident) for resident in range(t5_count + 1)]
     plans = [
-        replace(plan, offload="blocks", resident=resident)
-        for resident in range(len(plan.sizes.blocks) + 1)
+        replace(plan, offload="blocks", resident=resident, t5_resident=t5_resident)
+        for resident, t5_resident in staying
     ]
-    return sorted(plans, key=lambda one: (one.streamed, one.peak))
+    return sorted(plans, key=lambda one: (one.streamed, one.t5_streamed, one.peak))
+
+
+def _visiting(blocks: Sequence[int], resident: int) -> int:
+    """Bytes of the blocks that visit the GPU where so many stay."""
+    return sum(blocks[i] for i in visitors(len(blocks), resident))
+
+
+def _places(blocks: Sequence[int], resident: int) -> int:
+    """Bytes of the places for those that visit it."""
+    return min(PLACES, len(blocks) - resident) * max(blocks, default=0)
 
 
 def spread(count: int, chosen: int) -> list[int]:
@@ -264,13 +307,24 @@ def visitors(count: int, resident: int) -> list[int]:
 
 
 def choose(
-    sizes: Sizes, budget: int, *, pixels: int = 2**20, batch: int = 1, float8: bool = False
+    sizes: Sizes,
+    budget: int,
+    *,
+    packed: Sizes | None = None,
+    always: bool = False,
+    host: int | None = None,
+    pixels: int = 2**20,
+    batch: int = 1,
+    float8: bool = False,
 ) -> Plan:
     """The fastest plan that takes no more than `budget` bytes.
 
     Args:
         sizes: of the model.
         budget: bytes that there are.
+        packed: of the model with weights in the fewer bits of their files, if it can be had so.
+        always: rather so, whatever fits.
+        host: bytes that there are in host memory; None for as many as it takes.
         pixels: of the images.
         batch: images that are denoised together.
         float8: whether the blocks are also needed in 8 bits.
@@ -280,9 +334,22 @@ def choose(
     """
     model = Plan(sizes, budget=budget, pixels=pixels, batch=batch, float8=float8)
     plans = list(options(model))
-    for plan in plans:
-        if plan.peak <= budget:
+    if packed is not None:
+        # Widening costs each step some passes over the weights, less than copying them. Levels in
+        # 8 bits do it once, if at all.
+        wide = [plan for plan in plans if not (plan.streamed or plan.strips or float8 or always)]
+        plans = [*wide, *options(replace(model, sizes=packed, packed=True))]
+    fitting = [plan for plan in plans if plan.peak <= budget]
+    for plan in fitting:
+        if host is None or plan.host <= host:
             return plan
+    if fitting:
+        least = min(fitting, key=lambda plan: plan.host)
+        raise OutOfMemory(
+            f"memory: {budget / GIB:.1f} GiB on the GPU do not hold the model; it has to be in "
+            f"host memory, which takes {least.host / GIB:.1f} GiB and has {(host or 0) / GIB:.1f} "
+            "available: free some of either, or take files of fewer bits (weights.md)"
+        )
     least = min(plans, key=lambda plan: plan.peak)
     stage = max(least.stages, key=lambda name: least.stages[name])
     raise OutOfMemory(

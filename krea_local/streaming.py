@@ -111,16 +111,26 @@ class _Block:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.weights: list[_Weight] = []
-        tensors, size = [], 0
-        for store in _stores(modules):
-            for name, tensor in store.items():
-                if tensor is not None:
-                    self.weights.append(_Weight(store, name, size, tensor.shape, tensor.dtype))
-                    tensors.append(tensor)
-                    size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self.home = torch.empty(size, dtype=torch.uint8)
-        for weight, tensor in zip(self.weights, tensors, strict=True):
-            weight.view(self.home).copy_(tensor)
+        tensors, starts, size = [], [], 0
+        stores = [
+            (store, name, tensor)
+            for store in _stores(modules)
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+        for _, _, tensor in stores:
+            tensors.append(tensor)
+            starts.append(size)
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        home = _home_of(tensors, size)
+        if home is not None:
+            starts = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
+        for (store, name, tensor), start in zip(stores, starts, strict=True):
+            self.weights.append(_Weight(store, name, start, tensor.shape, tensor.dtype))
+        self.home = torch.empty(size, dtype=torch.uint8) if home is None else home
+        if home is None:
+            for weight, tensor in zip(self.weights, tensors, strict=True):
+                weight.view(self.home).copy_(tensor)
         self._at_home = self.views(self.home)
         self.put(self._at_home)
 
@@ -175,10 +185,10 @@ class BlockStream:
         self._again = again
         self._blocks = [_Block(block) for block in blocks]
         self.streamed: list[int] = []
-        self.keep(resident)
         self._resident: dict[int, list[nn.Parameter]] = {}
         self._slots: list[_Slot] = []
         self._opened = 0
+        self.keep(resident)
 
     @property
     def homes(self) -> list[Tensor]:
@@ -195,8 +205,11 @@ class BlockStream:
         return max((self._blocks[i].home.numel() for i in self.streamed), default=0)
 
     def keep(self, resident: int) -> None:
-        """Have so many blocks stay on the device from the next `open` on."""
+        """Have so many blocks stay on the device from the next `open` on; now only fewer."""
         self.streamed = visitors(len(self._blocks), resident)
+        if self._opened == 0:
+            for i in self._resident.keys() & set(self.streamed):
+                del self._resident[i]
 
     def leave(self) -> None:
         """Give the memory of resident blocks back until the next `open`, unless it is open now."""
@@ -292,6 +305,17 @@ class BlockStream:
         slot.held = i
         slot.ready = self._lane.copy(slot.flat[: home.numel()], home, slot.used)
         return slot
+
+
+def _home_of(tensors: Sequence[Tensor], size: int) -> Tensor | None:
+    """The home of another stream's block, where these are its weights, seen otherwise."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    storage = tensors[0].untyped_storage() if tensors else None
+    if len(storages) != 1 or storage is None or storage.nbytes() != size:
+        return None
+    if storage.device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _stores(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from krea_local import attention
 from krea_local.kernels import PLAIN, Kernels, Layout, Rows, part
 from krea_local.kernels.fallback import rows_of
 from krea_local.layers import Float8Linear, Linear, LowRank
+from krea_local.packed import PackedLinear, Packing
 
 SINUSOIDS = 256
 ROTARY_BASE = 10000.0
@@ -296,6 +297,25 @@ class FluxTransformer(nn.Module):
             yield single, "linear1"
             yield single, "linear2"
 
+    def pack(self, packings: Mapping[str, Packing], dtype: torch.dtype) -> None:
+        """Make room for packed weights in linear layers, by name, instead of wide ones.
+
+        Args:
+            packings: of some layers that are on the device "meta".
+            dtype: that they are widened to.
+        """
+        for name, packing in packings.items():
+            with torch.device("meta"):
+                self.set_submodule(name, PackedLinear(packing, bias=True, dtype=dtype))
+
+    @property
+    def is_kept_in_float8(self) -> bool:
+        """Whether its large layers have no other numbers than 8-bit floats (e4m3)."""
+        return all(
+            isinstance(layer, PackedLinear) and layer.is_float8
+            for layer in (owner.get_submodule(name) for owner, name in self.large_layers())
+        )
+
     def in_float8(self, kernels: Kernels, device: torch.device) -> FluxTransformer:
         """The same transformer with its large layers in 8-bit floats; all else is shared.
 
@@ -343,7 +363,7 @@ class FluxTransformer(nn.Module):
 
         def vectors(layer: Linear, count: int) -> Tensor:
             # The weights may be on the CPU; `memory.pin` has made their copies asynchronous.
-            weight, bias = (t.to(device, non_blocking=True) for t in (layer.weight, layer.bias))
+            weight, bias = layer.weight_on(device), layer.bias.to(device, non_blocking=True)
             table: Tensor = layer.multiply(activated, weight, bias).unflatten(1, (1, count, -1))
             return table
 
@@ -535,6 +555,9 @@ class _Run:
 def _share(source: nn.Module, target: nn.Module) -> None:
     """Make the parameters of `target` those of `source`, and what is added to them."""
     for name, module in source.named_modules():
+        if isinstance(module, PackedLinear):
+            target.set_submodule(name, module.twin())
+            continue
         other = target.get_submodule(name)
         if isinstance(module, Linear) and isinstance(other, Linear):
             other.low_rank = module.low_rank

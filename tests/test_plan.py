@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -297,3 +299,71 @@ def test_too_little_host_memory_is_told_before_anything_is_read(
         OutOfMemory, match=r"host memory, which takes .* GiB and has 0\.0 available"
     ):
         krea_local.load(tiny_folder, device="cpu", memory=f"{least}B", progress=False)
+
+
+def halved(sizes: Sizes) -> Sizes:
+    """The same model from a file of 8-bit floats."""
+    blocks = tuple(size // 2 for size in sizes.blocks)
+    return replace(
+        sizes, blocks=blocks, modulation=sizes.modulation // 2, scratch=GIB // 4, float8=True
+    )
+
+
+def test_once_all_of_the_transformer_stays_blocks_of_t5_do() -> None:
+    plans = [choose(FLUX1, int(gib * GIB)) for gib in (17, 18.5, 20, 22, 24, 26)]
+    staying = [(plan.resident, plan.t5_resident) for plan in plans]
+    assert staying == sorted(staying)
+    assert staying[0][0] < 57
+    assert [resident for resident, _ in staying[1:]] == [57] * 5
+    assert len({t5 for _, t5 in staying[1:]}) == 5
+    assert all(plan.peak <= (plan.budget or 0) for plan in plans)
+    assert all("of 24 blocks stay" in str(plan) for plan in plans[2:])
+
+
+@pytest.mark.parametrize(
+    ("gib", "packed", "streams"),
+    [(40, False, False), (22, False, False), (15, True, False), (11, True, False), (8, True, True)],
+)
+def test_weights_stay_packed_where_wide_ones_would_have_to_visit(
+    gib: float, packed: bool, streams: bool
+) -> None:
+    plan = choose(FLUX1, int(gib * GIB), packed=halved(FLUX1))
+    assert (plan.packed, bool(plan.streamed)) == (packed, streams)
+    assert plan.streamed <= choose(FLUX1, int(gib * GIB)).streamed / (2 if packed else 1)
+    assert choose(FLUX1, int(gib * GIB), packed=halved(FLUX1), always=True).packed
+
+
+def test_levels_in_8_bits_take_a_files_own_and_need_no_others() -> None:
+    plan = choose(FLUX1, 40 * GIB, packed=halved(FLUX1), float8=True)
+    assert plan.packed
+    assert plan == replace(choose(FLUX1, 40 * GIB, packed=halved(FLUX1), always=True), float8=True)
+    other = replace(halved(FLUX1), float8=False)  # of 8 bits, but no floats
+    beside = choose(FLUX1, 40 * GIB, packed=other, float8=True)
+    assert beside.peak - plan.peak == FLUX1.numbers
+
+
+@given(
+    budget=st.integers(3 * GIB, 40 * GIB),
+    host=st.integers(2 * GIB, 60 * GIB),
+    float8=st.booleans(),
+)
+def test_a_plan_takes_no_more_host_memory_than_there_is(
+    budget: int, host: int, float8: bool
+) -> None:
+    try:
+        plan = choose(FLUX1, budget, packed=halved(FLUX1), host=host, float8=float8)
+    except OutOfMemory as error:
+        needed = re.search(r"host memory, which takes ([\d.]+) GiB and has", str(error))
+        assert needed
+        assert host < (float(needed[1]) + 0.1) * GIB
+        assert float(needed[1]) < 20.5  # of packed weights
+        return
+    assert plan.host <= host
+    assert plan.peak <= budget
+    assert plan.host == (
+        0
+        if plan.offload == "none"
+        else plan.sizes.modulation
+        if plan.offload == "modulation"
+        else plan.sizes.everything
+    )
