@@ -316,7 +316,7 @@ def _fill_packed(
     transfers: list[Transfer],
 ) -> None:
     """Put a file's packed rows in their place among a layer's parts, or leave it to `transfers`."""
-    from krea_local.packed import CODES, TABLE
+    from krea_local.kernels.rows import CODES, TABLE
     from krea_local.reading import Transfer
 
     target = place.of_target(parts[CODES])

@@ -154,6 +154,7 @@ class Engine:
 
     def variant(self, settings: speed.Settings) -> FluxTransformer:
         """The transformer, or itself in 8-bit floats, which is made when first asked for."""
+        self.transformer.use(settings.execution.kernels)
         if not settings.float8:
             return self.transformer
         if self._float8 is None:
@@ -161,6 +162,7 @@ class Engine:
             if self._resident_blocks is not None:
                 self._stream(self._float8)
             pin([self._float8], self.device)
+        self._float8.use(settings.execution.kernels)
         return self._float8
 
     def _modules(self, model: FluxTransformer) -> list[nn.Module]:

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from krea_local import ggml
 from krea_local.errors import KreaError, UnsupportedModel, WeightsInvalid, WeightsNotFound
 from krea_local.files import FLOAT8, FLOATS, check_safetensors
-from krea_local.packed import CODES, TABLE, Packing, widen
+from krea_local.kernels import PLAIN, ggml
+from krea_local.kernels.rows import CODES, TABLE
+from krea_local.packed import Packing
 from krea_local.reading import Numbers, locate
 
 ModelName = Literal["transformer", "t5"]
@@ -286,7 +287,8 @@ class _FourBit:
         count, half = math.prod(self.shape), self.block // 2
         codes = self.file._read(self.name).contiguous().view(torch.uint8).flatten()
         codes = F.pad(codes, (0, self.blocks * half - codes.numel())).view(self.blocks, half)
-        numbers = widen("4bit", {CODES: codes, **self.others(self.blocks)})
+        numbers = torch.empty(self.blocks, self.block)
+        PLAIN.widen("4bit", {CODES: codes, **self.others(self.blocks)}, numbers)
         return numbers.flatten()[:count].reshape(self.shape)
 
     def packed(self) -> Packed | None:

@@ -7,46 +7,24 @@ bus, and widening them takes the time of some passes over a layer. Knows nothing
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from krea_local import ggml
-from krea_local.kernels import Quantized
+from krea_local.kernels import PLAIN, Kernels, Quantized
+from krea_local.kernels.fallback import AT_ONCE
+from krea_local.kernels.rows import CODES, TABLE, Parts
 from krea_local.layers import Linear
 
-CODES = "codes"  # the large one of a matrix's parts
-TABLE = "table"  # the one that all rows share
-AT_ONCE = 2**23  # numbers that are widened at a time
-AT_A_NUMBER = 14  # bytes that this takes, beside the result: three in float32, two of their codes
+AT_A_NUMBER = 14  # bytes beside the result, of those that plain torch widens at a time
+ROWS_TO_CHECK = 16
 
-Parts = Mapping[str, Tensor]
-"""What a matrix [N, K] is packed into: `codes` [N, …] and, by kind, what they are to be read with:
-
-`float8`: `codes` in float8 [N, K]; `scale` float32 [N], which they are to be multiplied by.
-`4bit`: `codes` uint8 [N, K / 2], of two numbers each, the first in the upper half, which are places
-in `table` float32 [16]; `largest` float32 [N, K / b], of each run of b numbers.
-A name of ggml's: `codes` uint8 [N, bytes], rows of its blocks.
-"""
-
-
-def widen(kind: str, parts: Parts) -> Tensor:
-    """All numbers of some rows: float32 [N, K]."""
-    codes = parts[CODES]
-    if kind == "float8":
-        numbers: Tensor = codes.float().mul_(parts["scale"][:, None])
-        return numbers
-    if kind == "4bit":
-        places = torch.stack([codes >> 4, codes & 15], dim=2).flatten(1)
-        largest = parts["largest"]
-        runs = parts[TABLE][places.int()].unflatten(1, (largest.shape[1], -1))
-        wide: Tensor = runs.mul_(largest[:, :, None]).flatten(1)
-        return wide
-    return ggml.widen(kind, codes)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,7 +80,12 @@ class PackedLinear(Linear):
         packing: of its weight.
         bias: whether it has one.
         dtype: of its weight where it is used, and of its bias.
+
+    Attributes:
+        kernels: whose `widen` to use on a GPU.
     """
+
+    kernels: Kernels = PLAIN
 
     def __init__(self, packing: Packing, *, bias: bool, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -128,16 +111,9 @@ class PackedLinear(Linear):
     def weight_on(self, device: torch.device) -> Tensor:
         """As `Linear.weight_on`: what is copied is packed."""
         parts = {name: part.to(device, non_blocking=True) for name, part in self.parts.items()}
-        rows, columns = self.packing.shape
-        out = torch.empty(rows, columns, dtype=self.dtype, device=device)
-        step = max(1, AT_ONCE // columns)
-        for start in range(0, rows, step):
-            some = {
-                name: part if name == TABLE else part[start : start + step]
-                for name, part in parts.items()
-            }
-            out[start : start + step] = widen(self.packing.kind, some)
-        return out
+        out = torch.empty(self.packing.shape, dtype=self.dtype, device=device)
+        widen = self.kernels.widen if device.type == "cuda" else PLAIN.widen
+        return widen(self.packing.kind, parts, out)
 
     @property
     def is_float8(self) -> bool:
@@ -155,13 +131,50 @@ class PackedLinear(Linear):
         with torch.device("meta"):
             twin = PackedLinear(self.packing, bias=self.bias is not None, dtype=self.dtype)
         twin._parameters = dict(self._parameters)
-        twin.low_rank = self.low_rank
+        twin.low_rank, twin.kernels = self.low_rank, self.kernels
         return twin.eval()
 
     def _of(self, name: str) -> Tensor:
         part = self._parameters[name]
         assert part is not None
         return part
+
+
+def with_checked_widening(
+    kernels: Kernels, layers: Iterable[PackedLinear], device: torch.device
+) -> tuple[Kernels, str | None]:
+    """The kernels, with plain torch's `widen` if theirs is not right for these layers; and why.
+
+    Compared on `device`, in some rows of a layer of each kind and width; this compiles it, too.
+    """
+    if kernels.widen is PLAIN.widen:
+        return kernels, None
+    different = {(one.packing.kind, one.parts[CODES].dtype, one.in_features): one for one in layers}
+    try:
+        for layer in different.values():
+            parts = {
+                name: (part if name == TABLE else part[:ROWS_TO_CHECK]).to(device)
+                for name, part in layer.parts.items()
+            }
+            rows = min(ROWS_TO_CHECK, layer.out_features)
+            out = torch.empty(rows, layer.in_features, dtype=layer.dtype, device=device)
+            ours = kernels.widen(layer.packing.kind, parts, out)
+            wanted = PLAIN.widen(layer.packing.kind, parts, torch.empty_like(out))
+            if not torch.equal(ours, wanted):
+                raise ValueError(f"other numbers of kind {layer.packing.kind}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as for the other kernels
+        logger.info("weights are widened by plain torch", exc_info=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        notice = f"packed weights are widened by plain torch, slower than by Triton: {reason}"
+        return replace(kernels, widen=PLAIN.widen), notice
+    return kernels, None
+
+
+def packed_layers(model: nn.Module) -> list[PackedLinear]:
+    """Those in `model`."""
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def weight_bytes(modules: Iterable[nn.Module], itemsize: int) -> int:
@@ -177,8 +190,6 @@ def weight_bytes(modules: Iterable[nn.Module], itemsize: int) -> int:
 
 def scratch_bytes(modules: Iterable[nn.Module], itemsize: int) -> int:
     """What widening takes at most, beside the weights: one layer, and what is at it at a time."""
-    packed = (
-        inner for outer in modules for inner in outer.modules() if isinstance(inner, PackedLinear)
-    )
+    packed = (layer for module in modules for layer in packed_layers(module))
     widest = max((math.prod(layer.packing.shape) for layer in packed), default=0)
     return widest * itemsize + AT_A_NUMBER * min(widest, AT_ONCE)

@@ -54,6 +54,7 @@ from krea_local.memory import (
     pin,
     pin_tensors,
 )
+from krea_local.packed import packed_layers, with_checked_widening
 from krea_local.plan import Plan, need
 from krea_local.progress import Bar, Call, OnStep, Stage
 from krea_local.recipe import with_recipe
@@ -174,6 +175,7 @@ class Krea:
         self._t5: BlockStream | None = None
         if self.offload == "blocks":
             self._stream_blocks()
+        self._widen_t5 = bool(packed_layers(models.text_encoder_2))  # by kernels yet to be chosen
         self._load_safety_checker = load_safety_checker
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
@@ -873,6 +875,8 @@ class Krea:
     def _encoders(self) -> Iterator[None]:
         """Have the text encoders on the device, and to oneself."""
         models = self.models
+        if self._widen_t5:
+            self._choose_widening()
         if self._t5 is None:
             with self._resident(models.text_encoder, models.text_encoder_2):
                 yield
@@ -882,6 +886,18 @@ class Krea:
                 yield
             if self.plan is not None and self.device.type == "cuda":
                 torch.cuda.empty_cache()  # places for T5's blocks are too small for others
+
+    def _choose_widening(self) -> None:
+        """Have T5's packed layers widened by the transformer's kernels, where they are right."""
+        layers = packed_layers(self.models.text_encoder_2)
+        with self._current_device():
+            kernels = self.engine.prepare(self.acceleration).execution.kernels
+            kernels, notice = with_checked_widening(kernels, layers, self.device)
+        if notice is not None:
+            logger.warning("T5: %s", notice)
+        for layer in layers:
+            layer.kernels = kernels
+        self._widen_t5 = False
 
     @contextlib.contextmanager
     def _resident(self, *modules: nn.Module) -> Iterator[None]:

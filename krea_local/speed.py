@@ -15,6 +15,7 @@ import torch
 
 from krea_local import attention, kernels
 from krea_local.layers import check_float8
+from krea_local.packed import packed_layers, with_checked_widening
 from krea_local.schema import Acceleration
 from krea_local.skipping import Skipping
 from krea_local.transformer import Execution, FluxTransformer
@@ -79,6 +80,7 @@ class Step:
 def fuse_pointwise(settings: Settings, place: Place) -> tuple[Settings, Notice]:
     """Norm, modulation, residual, rotary and GELU in Triton kernels, a pass over memory each.
 
+    So is the widening of weights that stay packed as their file has them.
     Needs CUDA and Triton, or with `load(..., compile=True)` what torch.compile needs; each kernel
     is first compared with plain torch on this very device.
     """
@@ -91,6 +93,9 @@ def fuse_pointwise(settings: Settings, place: Place) -> tuple[Settings, Notice]:
         quantized=has_float8(place.device),
         compiled=place.compile,
     )
+    layers = packed_layers(place.transformer)
+    chosen, other = with_checked_widening(chosen, layers, place.device)
+    notice = "; ".join(filter(None, (notice, other))) or None
     return replace(settings, execution=replace(settings.execution, kernels=chosen)), notice
 
 

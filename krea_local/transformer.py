@@ -24,7 +24,7 @@ from krea_local import attention
 from krea_local.kernels import PLAIN, Kernels, Layout, Rows, part
 from krea_local.kernels.fallback import rows_of
 from krea_local.layers import Float8Linear, Linear, LowRank
-from krea_local.packed import PackedLinear, Packing
+from krea_local.packed import PackedLinear, Packing, packed_layers
 
 SINUSOIDS = 256
 ROTARY_BASE = 10000.0
@@ -231,6 +231,7 @@ class FluxTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.quantized = False
+        self._kernels = PLAIN
         width = config.hidden_size
         self.img_in = Linear(config.in_channels, width)
         self.txt_in = Linear(config.joint_attention_dim, width)
@@ -307,6 +308,13 @@ class FluxTransformer(nn.Module):
         for name, packing in packings.items():
             with torch.device("meta"):
                 self.set_submodule(name, PackedLinear(packing, bias=True, dtype=dtype))
+
+    def use(self, kernels: Kernels) -> None:
+        """Have packed layers widened by these kernels from now on."""
+        if kernels is not self._kernels:
+            self._kernels = kernels
+            for layer in packed_layers(self):
+                layer.kernels = kernels
 
     @property
     def is_kept_in_float8(self) -> bool:

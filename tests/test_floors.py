@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "_version", "flags", "background"},
     {"paths"},
     {"schema", "recipe", "sampling", "progress", "tiny", "kernels", "attention"},
-    {"tensor_names", "checksums", "preview", "ggml"},
+    {"tensor_names", "checksums", "preview"},
     {"images", "weights", "memory", "result", "layers", "vae", "endpoints"},
     {"plan", "packed"},
     {"streaming"},

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from kept import HALF_FLOATS
 
 from krea_local import kernels
-from krea_local.kernels import PLAIN, Kernels, Layout, Quantized, Rows
+from krea_local.kernels import PLAIN, Kernels, Layout, Quantized, Rows, ggml
+from krea_local.kernels.rows import CODES, TABLE
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -191,15 +193,15 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows() -> None:
     # load is not what runs. Strides, which follow from the width, may.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     code = """
-from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary
-for kernel in (gelu._kernel, norm_modulate._kernel, qk_norm_rotary._kernel):
+from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary, widen
+for kernel in (gelu._kernel, norm_modulate._kernel, qk_norm_rotary._kernel, widen._kernel):
     lengths = [p for p in kernel.params if p.name in ("text_rows", "text_len", "image_len")]
     print(len(lengths), *(p.do_not_specialize for p in lengths))
 """
     answer = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert answer.stdout.splitlines() == ["0", "1 True", "3 True True True"]
+    assert answer.stdout.splitlines() == ["0", "1 True", "3 True True True", "0"]
 
 
 def test_every_kernel_compiles_for_every_gpu_generation_without_spilling() -> None:
@@ -211,10 +213,48 @@ def test_every_kernel_compiles_for_every_gpu_generation_without_spilling() -> No
     )
     assert answer.returncode == 0, answer.stderr
     lines = [line.split() for line in answer.stdout.splitlines()]
-    assert len(lines) == 3 * 3 + 2 * 2  # three kernels plain, two also with 8-bit floats
+    # Three kernels plain, two also with 8-bit floats; widening, of every kind.
+    assert len(lines) == 3 * 3 + 2 * 2 + 3 * (len(ggml.KINDS) + 3)
     for name, capability, wide, local in lines:
         assert int(wide) >= 4, (name, capability)  # 16 bytes at once
         assert int(local) == 0, (name, capability)  # registers suffice
+
+
+FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def packed(kind: str) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    """Parts of that kind, of all bit patterns that are numbers, and the shape they stand for."""
+    seed = torch.Generator("cpu").manual_seed(0)
+    size, nbytes = {"4bit": (64, 32)}.get(kind) or ggml.KINDS.get(kind, (1, 1))[:2]
+    rows, blocks = 5, 61 if size == 1 else 7
+    codes = torch.randint(0, 256, (rows, blocks, nbytes), dtype=torch.uint8, generator=seed)
+    parts = {CODES: codes.flatten(1)}
+    if kind in FLOATS:
+        parts[CODES] = torch.where(codes & 127 < 124, codes, 0).flatten(1).view(FLOATS[kind])
+        parts["scale"] = draw(rows)
+    elif kind == "4bit":
+        parts |= {"largest": draw(rows, blocks), TABLE: draw(16)}
+    else:
+        for start in HALF_FLOATS[kind]:
+            codes[:, :, start + 1] &= 0xBF  # below 2
+    return {name: part.to(DEVICE) for name, part in parts.items()}, (rows, blocks * size)
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2", "4bit", *ggml.KINDS])
+def test_widening(fused: Kernels, kind: str) -> None:
+    parts, shape = packed(kind)
+    name = "float8" if kind in ("e4m3", "e5m2") else kind
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, wanted = (
+            ops.widen(name, parts, torch.full(shape, 7.0, dtype=dtype, device=DEVICE)).float()
+            for ops in (fused, PLAIN)
+        )
+        assert wanted.std() > 0
+        if dtype == torch.float32 or DEVICE.type == "cuda":
+            assert torch.equal(ours, wanted)
+        else:  # to which the interpreter rounds in a way of its own
+            torch.testing.assert_close(ours, wanted, rtol=8e-3, atol=1e-6)
 
 
 COMPILE = """
@@ -223,7 +263,7 @@ warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary
+from krea_local.kernels import gelu, ggml, norm_modulate, qk_norm_rotary, widen
 from krea_local.kernels.rows import EPS, FLOAT8_MAX, SMALLEST_SCALE
 
 ENDS = dict(largest=FLOAT8_MAX, smallest_scale=SMALLEST_SCALE)
@@ -259,4 +299,19 @@ for capability in (80, 89, 90):
             wide = len(re.findall(r"(?:ld|st)\\.global\\S*\\.v4\\.b32", ptx))
             local = len(re.findall(r"(?:ld|st)\\.local", ptx))
             print(name, capability, wide, local)
+    kinds = [(kind, size, nbytes) for kind, (size, nbytes, _) in ggml.KINDS.items()]
+    for kind, size, nbytes in [("e4m3", 3072, 0), ("e5m2", 3072, 0), ("4bit", 64, 0), *kinds]:
+        values = dict(kind=kind, size=size, nbytes=nbytes, runs=widen.RUNS, run=widen.RUN)
+        other = "*fp32" if nbytes == 0 else "*u8"
+        signature = dict(codes="*u8", other=other, table="*fp32" if kind == "4bit" else "*u8",
+                         out="*bf16")
+        signature |= dict.fromkeys(values, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+        source = ASTSource(fn=widen._kernel, signature=signature, constexprs=values, attrs=aligned)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                               options={"num_warps": widen.WARPS, "enable_fp_fusion": False})
+        ptx = built.asm["ptx"]
+        assert not re.search(r"fma[.]rn", ptx), kind
+        wide = 4 * len(re.findall(r"st\\.global\\S*\\.v4\\.b32", ptx))  # a store a thread
+        print(kind, capability, wide, len(re.findall(r"(?:ld|st)\\.local", ptx)))
 """

@@ -23,13 +23,22 @@ from kept import (
     write_gguf,
 )
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import krea_local
-from krea_local import InvalidRequest, ggml, loading, weights
+from krea_local import InvalidRequest, loading, weights
 from krea_local.engine import Engine
-from krea_local.kernels import PLAIN
+from krea_local.kernels import PLAIN, ggml
+from krea_local.kernels.fallback import AT_ONCE
+from krea_local.kernels.rows import CODES
 from krea_local.layers import Float8Linear, Linear
-from krea_local.packed import AT_ONCE, CODES, PackedLinear, Packing, scratch_bytes, widen
+from krea_local.packed import (
+    PackedLinear,
+    Packing,
+    packed_layers,
+    scratch_bytes,
+    with_checked_widening,
+)
 from krea_local.pipeline import Krea
 from krea_local.plan import Plan, options
 from krea_local.tensor_names import pieces, to_diffusers
@@ -348,4 +357,28 @@ def test_widening_reads_pairs_from_the_upper_half() -> None:
         "largest": torch.tensor([[2.0, 10.0]]),
         "table": torch.arange(16.0),
     }
-    assert widen("4bit", parts).tolist() == [[2.0, 4.0, 150.0, 0.0]]
+    assert PLAIN.widen("4bit", parts, torch.empty(1, 4)).tolist() == [[2.0, 4.0, 150.0, 0.0]]
+
+
+@pytest.mark.parametrize("fault", ["other", "fails"])
+def test_a_kernel_that_widens_wrongly_is_not_used(
+    fault: str, files: Path, tiny_folder: Path
+) -> None:
+    def widen(kind: str, parts: Tensors, out: Tensor) -> Tensor:
+        if fault == "fails":
+            raise RuntimeError("no such instruction")
+        return PLAIN.widen(kind, parts, out).mul_(1.01)
+
+    model = native(load(tiny_folder, files / "flux.safetensors", packed=True)).transformer
+    layers = packed_layers(model)
+    right = replace(PLAIN, name="triton", widen=lambda *given: PLAIN.widen(*given))
+    assert with_checked_widening(right, layers, CPU) == (right, None)
+    kernels, notice = with_checked_widening(replace(PLAIN, widen=widen), layers, CPU)
+    assert kernels.widen is PLAIN.widen
+    assert notice is not None
+    assert "slower than by Triton" in notice
+    assert ("no such instruction" if fault == "fails" else "of kind float8") in notice
+    model.use(right)
+    assert {layer.kernels.name for layer in packed_layers(model.in_float8(PLAIN, CPU))} == {
+        "triton"
+    }

@@ -39,6 +39,7 @@ class Kernels:
     qk_norm_rotary: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gelu: Callable[..., Rows]
     quantize: Callable[[Tensor], Quantized]
+    widen: Callable[..., Tensor]
 
 
 PLAIN = Kernels(
@@ -48,6 +49,7 @@ PLAIN = Kernels(
     qk_norm_rotary=fallback.qk_norm_rotary,
     gelu=fallback.gelu,
     quantize=fallback.quantize,
+    widen=fallback.widen,
 )
 
 
@@ -91,7 +93,7 @@ def triton_kernels() -> Kernels:
     Raises:
         ImportError: no Triton here.
     """
-    from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary
+    from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary, widen
 
     return Kernels(
         name="triton",
@@ -100,6 +102,7 @@ def triton_kernels() -> Kernels:
         qk_norm_rotary=qk_norm_rotary.qk_norm_rotary,
         gelu=gelu.gelu,
         quantize=gelu.quantize,
+        widen=widen.widen,
     )
 
 
@@ -109,9 +112,9 @@ def compiled_kernels() -> Kernels:
     compiled = {
         name: torch.compile(getattr(PLAIN, name), dynamic=True, fullgraph=True)
         for name in (field.name for field in fields(Kernels))
-        if name != "name"
+        if name not in ("name", "widen")
     }
-    return Kernels(name="compiled", **compiled)
+    return Kernels(name="compiled", widen=PLAIN.widen, **compiled)
 
 
 def check(

@@ -9,15 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from krea_local.kernels import ggml
 from krea_local.kernels.rows import (
+    CODES,
     EPS,
     FLOAT8,
     FLOAT8_MAX,
     SMALLEST_SCALE,
+    TABLE,
     Layout,
+    Parts,
     Quantized,
     Rows,
 )
+
+AT_ONCE = 2**23  # numbers that are widened at a time
 
 
 def quantize(x: Tensor) -> Quantized:
@@ -139,3 +145,36 @@ def gelu(x: Tensor, before: Tensor | None = None, *, quantized: bool = False) ->
     if before is not None:
         out = torch.cat((before.float(), out), dim=1)
     return quantize(out) if quantized else out.to(x.dtype)
+
+
+def widen(kind: str, parts: Parts, out: Tensor) -> Tensor:
+    """A packed weight as plain numbers: each computed in float32, and rounded once.
+
+    Args:
+        kind: as `rows.Parts` has them.
+        parts: likewise.
+        out: [N, K], is written and returned.
+    """
+    step = max(1, AT_ONCE // out.shape[1])
+    for start in range(0, out.shape[0], step):
+        some = {
+            name: part if name == TABLE else part[start : start + step]
+            for name, part in parts.items()
+        }
+        out[start : start + step] = _widened(kind, some)
+    return out
+
+
+def _widened(kind: str, parts: Parts) -> Tensor:
+    """All numbers of some rows, in float32."""
+    codes = parts[CODES]
+    if kind == "float8":
+        numbers: Tensor = codes.float().mul_(parts["scale"][:, None])
+        return numbers
+    if kind == "4bit":
+        places = torch.stack([codes >> 4, codes & 15], dim=2).flatten(1)
+        largest = parts["largest"]
+        runs = parts[TABLE][places.int()].unflatten(1, (largest.shape[1], -1))
+        wide: Tensor = runs.mul_(largest[:, :, None]).flatten(1)
+        return wide
+    return ggml.widen(kind, codes)

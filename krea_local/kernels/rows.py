@@ -7,6 +7,7 @@ works row by row (all but attention) needs to know nothing of images.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,6 +45,17 @@ class Quantized(NamedTuple):
 
 Rows = Tensor | Quantized
 """A matrix [R, K], plain or quantised."""
+
+CODES = "codes"  # the large one of a packed matrix's parts
+TABLE = "table"  # the one that all rows share
+Parts = Mapping[str, Tensor]
+"""What a weight [N, K] is packed into: `codes` [N, …] and, by kind, what they are to be read with:
+
+`float8`: `codes` in float8 [N, K]; `scale` float32 [N], which they are to be multiplied by.
+`4bit`: `codes` uint8 [N, K / 2], of two numbers each, the first in the upper half, which are places
+in `table` float32 [16]; `largest` float32 [N, K / b], of each run of b numbers.
+A name of `ggml.KINDS`: `codes` uint8 [N, bytes], rows of its blocks.
+"""
 
 
 @dataclass(frozen=True)
