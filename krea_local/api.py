@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict, get_args
 
 from krea_local.errors import (
@@ -424,6 +425,7 @@ def choose_plan(
 
     from krea_local import plan
     from krea_local.memory import available_host_memory
+    from krea_local.rates import measure
     from krea_local.speed import has_float8
 
     budget = None if memory == "auto" else plan.parse_budget(memory)
@@ -437,7 +439,7 @@ def choose_plan(
     if budget is None:
         raise InvalidRequest("memory='auto': is for a GPU; on the CPU give an amount, or nothing")
     float8 = level != "none" and dtype == torch.bfloat16 and has_float8(device)
-    return plan.choose(
+    chosen = plan.choose(
         sizes,
         budget,
         packed=packed,
@@ -446,6 +448,8 @@ def choose_plan(
         batch=batch_size,
         float8=float8,
     )
+    rates = measure(device, dtype) if device.type == "cuda" else None
+    return replace(chosen, rates=rates)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -201,11 +201,14 @@ def sizes(checkpoint: Checkpoint, dtype: torch.dtype, *, packed: bool = False) -
         t5_files = component_files(checkpoint, "text_encoder_2")
         t5 = packed_t5(folder / "text_encoder_2", t5_files, dtype)
     blocks = tuple(count(block) for block in transformer.step_blocks())
+    numbers = [weight_bytes(block, 1) for block in wide.step_blocks()]
+    doubles = wide.config.num_layers
     t5_blocks = tuple(count([block]) for block in t5.encoder.block)
     checker = folder / "safety_checker" / "model.safetensors"
     return Sizes(
         blocks=blocks,
-        numbers=sum(weight_bytes(block, 1) for block in wide.step_blocks()),
+        numbers=sum(numbers),
+        a_token=sum(numbers[:doubles]) // 2 + sum(numbers[doubles:]),
         outside=count(transformer.step_modules()) - sum(blocks),
         modulation=count(transformer.modulations()),
         t5_blocks=t5_blocks,

@@ -31,6 +31,8 @@ KEPT = 2 * 128  # one of 128, which strips have to keep
 STRIPS_ABOVE = 2 * 2**20  # pixels; more is kept there than has to be, since that spares arithmetic
 KEPT_ABOVE = GIB
 STRIPS = 4 * 2**26  # as many live at a time
+PASSES = 16  # over all rows in a block, beside the products: 12 in a double, 18 in a single one
+ATTENTION = 0.8  # of the rate of products, that the best attention reaches
 TABLES = 80 * 10**6  # modulation of all steps and blocks
 PLACES = 3  # of streamed blocks
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -43,6 +45,7 @@ class Sizes:
     Attributes:
         blocks: of each block of the transformer, without modulation.
         numbers: how many numbers those are, all together.
+        a_token: how many of them one token meets; in double blocks text and image have half each.
         outside: of the transformer's layers outside blocks, without modulation.
         modulation: all of it.
         t5_blocks: of each block of T5.
@@ -58,6 +61,7 @@ class Sizes:
 
     blocks: tuple[int, ...]
     numbers: int
+    a_token: int
     outside: int
     modulation: int
     t5_blocks: tuple[int, ...]
@@ -88,6 +92,7 @@ BLOCKS = (453_096_448,) * 19 + (226_542_080,) * 38
 FLUX1 = Sizes(
     blocks=BLOCKS,
     numbers=sum(BLOCKS) // 2,
+    a_token=sum(BLOCKS[:19]) // 4 + sum(BLOCKS[19:]) // 2,
     outside=90_488_960,
     modulation=6_494_896_128,
     t5_blocks=(385_900_000,) * 24,
@@ -97,6 +102,21 @@ FLUX1 = Sizes(
     safety_checker=343_000_000,
     row=2 * 3072,
 )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a GPU is, each a second.
+
+    Attributes:
+        copying: bytes from locked host memory.
+        memory: bytes of its own memory, read or written.
+        products: operations of matrix products in the model's precision.
+    """
+
+    copying: float
+    memory: float
+    products: float
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,7 @@ class Plan:
         adapters: bytes of LoRAs, which stay there.
         strips: whether pictures of any size are decoded in strips, which rounds otherwise.
         packed: whether weights stay in the fewer bits of their files, of which `sizes` then are.
+        rates: of the GPU, if they are known.
     """
 
     sizes: Sizes
@@ -128,6 +149,7 @@ class Plan:
     adapters: int = 0
     strips: bool = False
     packed: bool = False
+    rates: Rates | None = None
 
     @property
     def streamed(self) -> int:
@@ -157,7 +179,7 @@ class Plan:
     def stages(self) -> dict[str, int]:
         """Bytes on the GPU at most, by what is done there."""
         sizes = self.sizes
-        rows = self.batch * (TEXT_TOKENS + self.pixels // PIXELS_A_TOKEN)
+        rows = self._rows
         denoising = int(MATRICES * rows * sizes.row) + TABLES * sizes.itemsize // 2
         encoding = ENCODING * min(self.pixels, MAX_INPUT_PIXELS) * sizes.itemsize // 2
         decoding = self._decoding * sizes.itemsize // 2
@@ -187,6 +209,37 @@ class Plan:
             "denoise": kept + sizes.outside + places + sizes.scratch + denoising,
             "decode": kept + sizes.vae + decoding,
         }
+
+    @property
+    def computing(self) -> float | None:
+        """Seconds that a step computes, about, at the precision of the model."""
+        if self.rates is None:
+            return None
+        sizes, rates = self.sizes, self.rates
+        width, tokens, count = (
+            sizes.row // sizes.itemsize,
+            self._rows // self.batch,
+            len(sizes.blocks),
+        )
+        products = 2 * self._rows * sizes.a_token
+        attention = 4 * self.batch * tokens**2 * width * count
+        passes = PASSES * count * self._rows * sizes.row
+        if self.packed:  # codes are read, and numbers written, to be read by the product
+            passes += sum(sizes.blocks) + 2 * sizes.itemsize * sizes.numbers
+        return (
+            products / rates.products
+            + attention / (ATTENTION * rates.products)
+            + passes / rates.memory
+        )
+
+    @property
+    def copying(self) -> float | None:
+        """Seconds that a step copies, while it computes."""
+        return None if self.rates is None else self.streamed / self.rates.copying
+
+    @property
+    def _rows(self) -> int:
+        return self.batch * (TEXT_TOKENS + self.pixels // PIXELS_A_TOKEN)
 
     @property
     def _decoding(self) -> int:
@@ -253,7 +306,33 @@ class Plan:
             lines.append(f"{'of':17}{self.budget / GIB:6.2f} GiB")
         if self.streamed:
             lines.append(f"{'copied a step':17}{self.streamed / 1e9:6.2f} GB")
+        computing, copying = self.computing, self.copying
+        if computing is not None and copying is not None:
+            what = "copying sets the pace" if copying > computing else "copying is hidden by it"
+            what = f"computes {computing:.2f} s, copies {copying:.2f} s: {what}" if copying else ""
+            lines.append(f"{'a step, about':17}{max(computing, copying):6.2f} s    {what}".rstrip())
+        if self.packed:
+            lines.append(f"{'weights':17}packed, as in their files")
+        if self.reasons:
+            lines.append(f"{'why':17}{'; '.join(self.reasons)}")
         return "\n".join(lines)
+
+    @property
+    def reasons(self) -> list[str]:
+        """What would be faster, and how much it would take."""
+        found: dict[str, int] = {}
+        for plan in options(self):
+            if self.budget is None or plan.peak <= self.budget:
+                break
+            if plan.offload == "blocks" and (
+                plan.streamed or (plan.t5_streamed and not self.streamed)
+            ):
+                continue
+            ways = {"none": "all on the GPU", "modulation": "all but modulation"}
+            all_blocks = "all blocks" if not plan.t5_streamed else "the transformer's blocks"
+            way = ways.get(plan.offload, all_blocks)
+            found[way] = min(found.get(way, plan.peak), plan.peak)
+        return [f"{way} would take {peak / GIB:.2f} GiB" for way, peak in found.items()]
 
 
 def options(plan: Plan) -> Iterator[Plan]:

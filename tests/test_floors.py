@@ -17,7 +17,7 @@ FLOORS = [
     {"tensor_names", "checksums", "preview"},
     {"images", "weights", "memory", "result", "layers", "vae", "endpoints"},
     {"plan", "packed"},
-    {"streaming"},
+    {"streaming", "rates"},
     {"files", "transformer", "transfer"},
     {"reading"},
     {"formats"},

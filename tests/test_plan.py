@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import krea_local
-from krea_local import InvalidRequest, KreaWarning, OutOfMemory, loading, weights
+from krea_local import InvalidRequest, KreaWarning, OutOfMemory, loading, rates, weights
 from krea_local.plan import (
     FLUX1,
     GIB,
     Plan,
+    Rates,
     Sizes,
     choose,
     options,
@@ -367,3 +368,52 @@ def test_a_plan_takes_no_more_host_memory_than_there_is(
         if plan.offload == "modulation"
         else plan.sizes.everything
     )
+
+
+H200 = Rates(copying=55e9, memory=4.2e12, products=700e12)
+
+
+def test_a_step_is_reckoned_from_what_the_gpu_does_a_second() -> None:
+    whole = replace(choose(FLUX1, 80 * GIB), rates=H200)
+    # 59.5 TFLOP in linears, 14.9 in attention: performance.md's count of one step.
+    linears, attention = 59.5e12 / 700e12, 14.9e12 / (0.8 * 700e12)
+    assert whole.computing == pytest.approx(linears + attention + 0.006, rel=0.01)
+    assert whole.copying == 0
+    assert "a step, about" in str(whole)
+    assert "copies" not in str(whole)
+    small = replace(choose(FLUX1, 5 * GIB), rates=H200)
+    assert small.computing == whole.computing
+    assert small.copying == pytest.approx(small.streamed / 55e9)
+    assert small.copying > whole.computing
+    assert "copying sets the pace" in str(small)
+    packed = replace(choose(FLUX1, 11 * GIB, packed=halved(FLUX1)), rates=H200)
+    assert packed.packed
+    # Half of 17 GB read, 17 written, and read once more: 10 ms.
+    assert packed.computing == pytest.approx(whole.computing + 0.0102, rel=0.01)
+    assert "packed, as in their files" in str(packed)
+    assert "a step, about" not in str(choose(FLUX1, 5 * GIB))
+
+
+def test_a_plan_says_what_would_be_faster() -> None:
+    assert choose(FLUX1, 80 * GIB).reasons == []
+    assert choose(FLUX1, 10 * GIB).reasons == [
+        f"all on the GPU would take {Plan(FLUX1).peak / GIB:.2f} GiB",
+        f"all but modulation would take {Plan(FLUX1, 'modulation').peak / GIB:.2f} GiB",
+        "all blocks would take 26.89 GiB",
+        "the transformer's blocks would take 18.26 GiB",
+    ]
+    assert len(choose(FLUX1, 20 * GIB).reasons) == 3
+    assert "why" in str(choose(FLUX1, 10 * GIB))
+
+
+def test_rates_are_measured_and_none_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    found = rates.measure(cpu, torch.float32, nbytes=2**20, tokens=16)
+    assert found is not None
+    assert min(vars(found).values()) > 1e6
+
+    def exhausted(*given: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(torch, "empty_like", exhausted)
+    assert rates.measure(cpu, torch.float32) is None
