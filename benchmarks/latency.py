@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", default="tiny", help="tiny, mini, random-12b, a folder or a hub id"
+        "--model",
+        default="tiny",
+        help="tiny, mini, random-12b, random-12b:Q4_K, a folder, a hub id",
     )
     parser.add_argument("--image-size", default="1024x1024", help="WIDTHxHEIGHT or a preset")
     parser.add_argument("--steps", type=positive, default=28)

@@ -31,7 +31,7 @@ import krea_local
 from benchmarks import ceilings
 from benchmarks.latency import GIB, device_name, parse_size, positive, reset_peak
 from benchmarks.peers import OFFLOADING
-from benchmarks.random_model import krea_of, random_models
+from benchmarks.random_model import RANDOM, krea_of, random_models
 from benchmarks.timing import (
     HALF,
     Calls,
@@ -224,7 +224,7 @@ def ours(job: Job, device: torch.device) -> dict[str, Any]:
 
 def _load(job: Job, device: torch.device, level: Acceleration, host: HostPeak) -> Krea:
     """Within the limit; random weights, which are made on the device, only settle within it."""
-    is_random = job.model == "random-12b"
+    is_random = job.model.partition(":")[0] == RANDOM
     settle(device)
     if not is_random:
         limit_memory(device, job.budget_gb)
@@ -289,7 +289,7 @@ def theirs(job: Job, device: torch.device) -> dict[str, Any]:
     if reason is not None:
         return {"failed": reason}
     dtype = choose_dtype(job.dtype, device)
-    if job.model == "random-12b":
+    if job.model.partition(":")[0] == RANDOM:
         models = random_models(device, dtype, engine="diffusers", offload="model")
     else:
         loaded = krea_local.load(

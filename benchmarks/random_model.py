@@ -1,5 +1,7 @@
 """FLUX.1 [dev] at its true 12 B shapes with random weights, made on the device in seconds.
 
+`random-12b` is in the model's precision; `random-12b:float8`, `random-12b:Q4_K` and their like keep
+the transformer's large weights packed, as those of such files are with `load(..., packed=True)`.
 Speed and memory do not depend on the weights' values, as long as they are not zeros (zeros run 13 %
 faster on an H200), so a benchmark needs no licence and no download.
 """
@@ -15,16 +17,27 @@ import torch
 import krea_local
 from krea_local import weights
 from krea_local.api import choose_device, choose_dtype, choose_plan
+from krea_local.errors import InvalidRequest
+from krea_local.kernels import ggml
+from krea_local.kernels.rows import CODES
 from krea_local.loading import EngineName, Models, load_tokenizer
 from krea_local.memory import check_offload, pin
+from krea_local.packed import PackedLinear, Packing, scratch_bytes, weight_bytes
 from krea_local.pipeline import Krea
-from krea_local.plan import FLUX1
+from krea_local.plan import FLUX1, Sizes
 from krea_local.safety import SafetyChecker
 from krea_local.sampling import Shift
 from krea_local.schema import Acceleration
 from krea_local.tensor_names import pieces, to_diffusers
 from krea_local.transformer import Config, FluxTransformer
 
+RANDOM = "random-12b"
+SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
+}
+"""Where each kind of ggml's blocks has scales in half precision."""
 CONFIGS: dict[str, dict[str, Any]] = {
     "transformer": {
         "patch_size": 1,
@@ -98,8 +111,12 @@ def random_models(
     *,
     engine: EngineName = "native",
     offload: str = "none",
+    kind: str = "",
 ) -> Models:
-    """All components with weights N(0, 0.02); norms and biases as a fresh model has them."""
+    """All components with weights N(0, 0.02); norms and biases as a fresh model has them.
+
+    With `kind`, packed ones of the transformer have random codes.
+    """
     from accelerate import init_empty_weights
     from transformers import CLIPTokenizer, T5TokenizerFast
 
@@ -109,8 +126,7 @@ def random_models(
         parts = {name: build(name) for name in CONFIGS if name != "transformer"}
     # Made on the device, wherever they go then: a CPU would need minutes.
     parts = {name: filled(model, device, dtype).to(home) for name, model in parts.items()}
-    with torch.device("meta"):
-        transformer = FluxTransformer(Config.of(CONFIGS["transformer"]))
+    transformer = empty_transformer(kind, dtype)
     parts["transformer"] = filled(transformer, device, dtype).to(home)
     if engine == "diffusers":
         parts["transformer"] = as_diffusers(parts["transformer"])
@@ -124,6 +140,35 @@ def random_models(
         tokenizer_2=load_tokenizer(T5TokenizerFast, tiny / "tokenizer_2", "spiece.model"),
         shift=Shift(),
     )
+
+
+def empty_transformer(kind: str, dtype: torch.dtype) -> FluxTransformer:
+    """Ours, on the meta device; its large layers packed, if `kind` is one of a packing."""
+    with torch.device("meta"):
+        model = FluxTransformer(Config.of(CONFIGS["transformer"]))
+    if kind:
+        large = {id(owner.get_submodule(name)) for owner, name in model.large_layers()}
+        large |= {id(layer) for layer in model.modulations()}
+        layers = {name: one for name, one in model.named_modules() if id(one) in large}
+        shapes = {name: tuple(one.get_parameter("weight").shape) for name, one in layers.items()}
+        model.pack({name: packing(kind, shape) for name, shape in shapes.items()}, dtype)
+    return model
+
+
+def packing(kind: str, shape: tuple[int, ...]) -> Packing:
+    """How a file of that kind keeps a weight [N, K]."""
+    rows, columns = shape
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    if kind == "float8":
+        parts = {CODES: (torch.float8_e4m3fn, shape), "scale": (torch.float32, (rows,))}
+    elif kind in ggml.KINDS:
+        numbers, nbytes, _ = ggml.KINDS[kind]
+        parts = {CODES: (torch.uint8, (rows, columns // numbers * nbytes))}
+    else:
+        known = ", ".join(["float8", *ggml.KINDS])
+        raise InvalidRequest(f"random-12b:{kind}: should be one of {known}")
+    dtypes = {name: dtype for name, (dtype, _) in parts.items()}
+    return Packing(kind, dtypes, {name: part for name, (_, part) in parts.items()}, (rows, columns))
 
 
 def as_diffusers(transformer: FluxTransformer, dtype: torch.dtype | None = None) -> Any:
@@ -148,6 +193,10 @@ def filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     generator = torch.Generator(device).manual_seed(0)
     state = {}
     for key, tensor in model.state_dict().items():
+        layer = model.get_submodule(key.rpartition(".")[0])
+        if isinstance(layer, PackedLinear) and not key.endswith("bias"):
+            state[key] = random_part(layer.packing, key.rpartition(".")[2], device, generator)
+            continue
         filled = torch.empty(tensor.shape, device=device, dtype=dtype)
         if tensor.ndim > 1:
             filled.normal_(0, 0.02, generator=generator)
@@ -161,6 +210,38 @@ def filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
+def random_part(
+    packing: Packing, name: str, device: torch.device, generator: torch.Generator
+) -> torch.Tensor:
+    """One part of a packed weight, such that its numbers are of the size of N(0, 0.02)."""
+    shape, dtype = packing.shapes[name], packing.dtypes[name]
+    if name == "scale":
+        return torch.full(shape, 0.02 / 100, device=device)
+    if dtype == torch.float8_e4m3fn:
+        made = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return made.normal_(0, 100, generator=generator).clamp_(-448, 448).to(dtype)
+    codes = torch.randint(0, 256, shape, dtype=dtype, device=device, generator=generator)
+    # Any codes are numbers, but as scales they may be infinite: a half's exponent is made small,
+    # 2^-11, or 2^-14 where it is multiplied by another scale.
+    numbers, nbytes, _ = ggml.KINDS[packing.kind]
+    for place in SCALES[packing.kind]:
+        exponents = codes.unflatten(1, (-1, nbytes))[:, :, place + 1]
+        exponents.bitwise_and_(0x83).bitwise_or_(0x10 if numbers == 32 else 0x04)
+    return codes
+
+
+def sizes_of(kind: str) -> Sizes:
+    """Of the 12 B model in bfloat16, with its transformer packed."""
+    model = empty_transformer(kind, torch.bfloat16)
+    return dataclasses.replace(
+        FLUX1,
+        blocks=tuple(weight_bytes(block, 2) for block in model.step_blocks()),
+        modulation=weight_bytes(model.modulations(), 2),
+        scratch=scratch_bytes([model], 2),
+        float8=model.is_kept_in_float8,
+    )
+
+
 def krea_of(
     model: str,
     device: str,
@@ -172,11 +253,12 @@ def krea_of(
     acceleration: Acceleration = "none",
     memory: str | None = None,
 ) -> Krea:
-    """A Krea for a benchmark: "random-12b", or anything that `krea_local.load` takes.
+    """A Krea for a benchmark: "random-12b" or a packed one, or anything that `load` takes.
 
     With `memory`, which is `load`'s, `offload` is not asked.
     """
-    if model != "random-12b":
+    name, _, kind = model.partition(":")
+    if name != RANDOM:
         return krea_local.load(
             model,
             device=device,
@@ -193,13 +275,15 @@ def krea_of(
     plan = None
     if memory is not None:
         assert number == torch.bfloat16, "FLUX1's sizes are those in bfloat16"
-        plan = choose_plan(FLUX1, memory, place, number, batch_size, acceleration)
+        sizes = sizes_of(kind) if kind else FLUX1
+        plan = choose_plan(sizes, memory, place, number, batch_size, acceleration)
+        plan = dataclasses.replace(plan, packed=bool(kind))
         offload = plan.offload
     checker = weights.find("tiny").folder / "safety_checker"
     krea = Krea(
-        random_models(place, number, engine=engine, offload=offload),
+        random_models(place, number, engine=engine, offload=offload, kind=kind),
         device=place,
-        label="random-12b",
+        label=RANDOM,
         guidance_scale=4.5,
         offload=check_offload(offload),
         plan=plan,

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import krea_local
 from benchmarks import latency, load, lora, random_model
+from krea_local.packed import packed_layers, weight_bytes
 
 
 def test_latency_prints_a_table_and_one_line_of_json(
@@ -104,9 +106,9 @@ def test_load_measures_readers_in_processes_of_their_own(
     assert "not measured: the package a_package" in table[3]
 
 
-def test_random_weights_fill_every_tensor_and_are_never_zero(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def small_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 12 B model's shapes with few blocks and heads."""
     small = {
         "transformer": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
         "vae": {"block_out_channels": (32,) * 4, "layers_per_block": 1},
@@ -115,6 +117,32 @@ def test_random_weights_fill_every_tensor_and_are_never_zero(
     }
     configs = {name: {**random_model.CONFIGS[name], **small[name]} for name in small}
     monkeypatch.setattr(random_model, "CONFIGS", configs)
+
+
+@pytest.mark.parametrize("kind", ["float8", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_random_packed_weights_are_numbers_of_the_usual_size(
+    kind: str, small_configs: None
+) -> None:
+    krea = random_model.krea_of(f"random-12b:{kind}", "cpu", "bfloat16", "none", 1)
+    layers = packed_layers(krea.models.transformer)
+    assert len(layers) == 8 + 2 + 2 + 1 + 1
+    for layer in layers:
+        assert layer.packing.kind == kind
+        assert layer.weight.isfinite().all()
+        assert 1e-3 < float(layer.weight.float().std()) < 0.2
+    found = random_model.sizes_of(kind)
+    assert found.blocks[0] == weight_bytes(krea.models.transformer.step_blocks()[0], 2)
+    assert found.float8 == (kind == "float8")
+    size = {"width": 64, "height": 64}
+    assert krea.txt2img("a fox", image_size=size, num_inference_steps=1).images
+
+
+def test_a_kind_of_packed_weights_that_is_none_is_refused() -> None:
+    with pytest.raises(krea_local.InvalidRequest, match="random-12b:int4: should be one of float8"):
+        random_model.krea_of("random-12b:int4", "cpu", "bfloat16", "none", 1)
+
+
+def test_random_weights_fill_every_tensor_and_are_never_zero(small_configs: None) -> None:
     krea = random_model.krea_of("random-12b", "cpu", "bfloat16", "none", 1)
     models = krea.models
     for part in (models.transformer, models.vae, models.text_encoder, models.text_encoder_2):
