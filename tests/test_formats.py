@@ -32,9 +32,12 @@ from krea_local import (
     WeightsInvalid,
     WeightsNotFound,
     formats,
+    reading,
     weights,
 )
-from krea_local.kernels import PLAIN
+from krea_local.kernels import PLAIN, ggml
+from krea_local.kernels.rows import CODES
+from krea_local.packed import PackedLinear
 from krea_local.pipeline import Krea
 from krea_local.tensor_names import pieces, to_diffusers, to_original
 
@@ -228,6 +231,14 @@ def test_blocks_at_the_true_width_are_the_numbers_that_diffusers_reads(
         (one,) = stored.values()
         assert (one.name, one.shape, one.kind) == ("img_in.weight", (rows, columns), kind)
         ours = one.read()
+        packed = one.packed
+    if kind in ggml.KINDS:
+        assert packed is not None
+        layer = PackedLinear(packed.packing, bias=False, dtype=torch.bfloat16)
+        reading.read([reading.Transfer(packed.codes, layer.parts[CODES], "")], lambda *_: None)
+        assert torch.equal(layer.weight, ours.bfloat16())
+    else:
+        assert packed is None
     theirs = dequantize_functions[here](torch.from_numpy(blocks), block, nbytes)
     assert ours.isfinite().all()
     assert ours.std() > 0
@@ -243,6 +254,13 @@ def test_a_scaled_tensor_at_the_true_width(tmp_path: Path) -> None:
         save_file(stored, tmp_path / "a.safetensors")
         with formats.opened([tmp_path / "a.safetensors"]) as found:
             ours = found["double_blocks.0.img_attn.proj.weight"].read()
+            packed = found["double_blocks.0.img_attn.proj.weight"].packed
+            assert packed is not None
+            layer = PackedLinear(packed.packing, bias=False, dtype=torch.float32)
+            reading.read([reading.Transfer(packed.codes, layer.parts[CODES], "")], lambda *_: None)
+            for name, other in packed.others().items():
+                layer.parts[name].copy_(other)
+        assert torch.equal(layer.weight, ours)
         assert_equal({"a": ours}, {"a": next(iter(wanted.values()))})
         (tensor,) = tensors.values()
         assert float((ours - tensor).norm() / tensor.norm()) < most
