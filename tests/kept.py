@@ -149,19 +149,3 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return wanted
-
-
-# Where each kind of block keeps its own scales.
-HALF_FLOATS = {
-    "Q4_1": [0, 2],
-    "Q5_0": [0],
-    "Q5_1": [0, 2],
-    "Q8_0": [0],
-    "Q4_0": [0],
-    "IQ4_NL": [0],
-    "Q2_K": [80, 82],
-    "Q3_K": [108],
-    "Q4_K": [0, 2],
-    "Q5_K": [0, 2],
-    "Q6_K": [208],
-}

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from kept import HALF_FLOATS
 
+from benchmarks.random_model import SCALES
 from krea_local import kernels
 from krea_local.kernels import PLAIN, Kernels, Layout, Quantized, Rows, ggml
 from krea_local.kernels.rows import CODES, TABLE
@@ -236,7 +236,7 @@ def packed(kind: str) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
     elif kind == "4bit":
         parts |= {"largest": draw(rows, blocks), TABLE: draw(16)}
     else:
-        for start in HALF_FLOATS[kind]:
+        for start in SCALES[kind]:
             codes[:, :, start + 1] &= 0xBF  # below 2
     return {name: part.to(DEVICE) for name, part in parts.items()}, (rows, blocks * size)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from kept import (
-    HALF_FLOATS,
     KEPT,
     Keeping,
     Tensors,
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import krea_local
+from benchmarks.random_model import SCALES
 from krea_local import InvalidRequest, loading, weights
 from krea_local.engine import Engine
 from krea_local.kernels import PLAIN, ggml
@@ -97,7 +97,7 @@ def test_ggmls_blocks_are_the_numbers_of_its_own_package(kind: str) -> None:
     assert gguf.GGML_QUANT_SIZES[here] == (numbers, nbytes)
     random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (40, 3 * nbytes), dtype=np.uint8)
-    for start in HALF_FLOATS[kind]:  # any bytes are numbers, but as scales they may be infinite
+    for start in SCALES[kind]:  # any bytes are numbers, but as scales they may be infinite
         for block in range(3):
             scales = random.normal(0, 0.01, 40).astype(np.float16)
             at = block * nbytes + start
