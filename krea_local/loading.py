@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from krea_local.components import (
+from krea_local.any_format import (
     as_diffusers,
-    check_module,
     check_t5,
     check_transformer,
-    empty_module,
     empty_transformer,
-    load_module,
-    load_pretrained,
     load_t5,
     load_transformer,
     packed_t5,
     packed_transformer,
 )
+from krea_local.components import check_module, empty_module, load_module, load_pretrained
 from krea_local.errors import UnsupportedModel, WeightsInvalid, WeightsNotFound
 from krea_local.files import AGAIN, check_safetensors, read_json, weight_files
 from krea_local.plan import Sizes

@@ -22,6 +22,7 @@ FLOORS = [
     {"reading"},
     {"formats"},
     {"components", "lora"},
+    {"any_format"},
     {"loading", "lora_files", "skipping", "cluster"},
     {"safety", "text", "speed", "fetching", "verifying"},
     {"engine"},
