@@ -14,13 +14,12 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from krea_local import speed, text, vae
 from krea_local._version import __version__
@@ -32,7 +31,6 @@ from krea_local.errors import (
     InvalidImage,
     InvalidRequest,
     KreaWarning,
-    OutOfMemory,
     WeightsNotFound,
 )
 from krea_local.images import (
@@ -45,16 +43,11 @@ from krea_local.images import (
 from krea_local.lora import LoraFile
 from krea_local.lora_files import find_lora
 from krea_local.memory import (
-    GIB,
     Offload,
-    available_host_memory,
     explained_out_of_memory,
     is_out_of_gpu_memory,
-    on_device,
-    pin,
-    pin_tensors,
 )
-from krea_local.packed import packed_layers, with_checked_widening
+from krea_local.placing import Placing, said_of
 from krea_local.plan import Plan, need
 from krea_local.progress import Bar, Call, OnStep, Stage
 from krea_local.recipe import with_recipe
@@ -81,7 +74,6 @@ from krea_local.schema import (
     documented,
     fit_input_size,
 )
-from krea_local.streaming import BlockStream
 from krea_local.transformer import FluxTransformer
 
 if TYPE_CHECKING:
@@ -95,12 +87,28 @@ logger = logging.getLogger(__name__)
 TXT2IMG_STAGES: tuple[Stage, ...] = ("text", "denoise", "decode", "safety")
 IMG2IMG_STAGES: tuple[Stage, ...] = ("text", "encode", "denoise", "decode", "safety")
 CACHED_PROMPTS = 8  # 4 MB each
-TAKE_TURNS = ("model", "blocks")
 FREE_IT = "make the image smaller, or free the GPU"
 LET_IT_CHOOSE = (
     "load with memory='auto', not offload=…, and the fastest way that fits is taken (the least is "
     f"about {need('blocks'):.1f} GiB for the 12 B model at 1 megapixel), {FREE_IT}"
 )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a call draws with, which is fetched before it has the models.
+
+    Attributes:
+        loras: their files.
+        input_image: for image-to-image.
+        size: (width, height) of the pictures.
+        notices: what is to be said of these.
+    """
+
+    loras: tuple[LoraFile, ...]
+    input_image: InputImage | None
+    size: tuple[int, int]
+    notices: tuple[str, ...]
 
 
 class Krea:
@@ -153,17 +161,16 @@ class Krea:
         self.label = label
         self.guidance_scale = guidance_scale
         self.acceleration = acceleration
-        self.offload: Offload = plan.offload if plan else offload
-        self.plan = plan
         self.batch_size = batch_size
         self.progress = progress
         self.group = group
+        self._placing = Placing(models, device, offload, plan)
         self.engine: Engine | DiffusersEngine
         if isinstance(models.transformer, FluxTransformer):
             self.engine = Engine(
                 models.transformer,
                 device=device,
-                resident=self._resident,
+                resident=self._placing.resident,
                 compile=compile,
                 group=group,
             )
@@ -171,21 +178,28 @@ class Krea:
             self.engine = DiffusersEngine(models.transformer, device=device)
         else:
             raise InvalidRequest("engine='diffusers' does not share an image between processes")
+        self._placing.begin(self.engine)
         self._adapting = Adapting(models, self.engine, device)
-        self._t5: BlockStream | None = None
-        if self.offload == "blocks":
-            self._stream_blocks()
-        self._widen_t5 = bool(packed_layers(models.text_encoder_2))  # by kernels yet to be chosen
         self._load_safety_checker = load_safety_checker
         self._safety_checker: SafetyChecker | None = None
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor, str | None]] = OrderedDict()
         self._said: set[str] = set()
         self._apart = False  # whether other processes may be elsewhere in their work
-        self._lock = threading.RLock()  # held while the models work
+        self._lock = self._placing.lock
         self._running: threading.Thread | None = None
         self._cancelled = threading.Event()
         self._preparing: set[threading.Event] = set()  # of calls that fetch what they draw with
         self._switch = threading.Lock()  # held while the three lines above change
+
+    @property
+    def offload(self) -> Offload:
+        """What stays on the device now."""
+        return self._placing.offload
+
+    @property
+    def plan(self) -> Plan | None:
+        """What stays on the device now, and why; None where `offload` alone says so."""
+        return self._placing.plan
 
     @property
     def vae_scale(self) -> int:
@@ -282,7 +296,7 @@ class Krea:
             # Before the lock: fetching is not the GPU's business.
             prepared = self._prepare_call(request, cancelled, check)
             with self._lock:
-                result = self._run_alone(request, cancelled, *prepared, on_step)
+                result = self._run_alone(request, cancelled, prepared, on_step)
         # What a level cannot do here is in every result's notices, but said aloud once.
         ever = set(self.engine.notices.get(request.acceleration, ()))
         for notice in result.notices:
@@ -327,7 +341,8 @@ class Krea:
         models = self.models
         with self._lock:
             if prompt not in self._prompts:
-                with self._encoders(), self._adapting.encoders():
+                encoders = self._placing.encoders(self.acceleration)
+                with encoders, self._adapting.encoders():
                     embeds = text.encode_prompt(models, prompt, self.device)
                 self._prompts[prompt] = (*embeds, text.where_cut(models, prompt))
                 if len(self._prompts) > CACHED_PROMPTS:
@@ -339,7 +354,7 @@ class Krea:
     def encode_image(self, image: Image.Image) -> Tensor:
         """Image → latent map [1, 16, h, w]: the mode of the posterior, so without chance."""
         model = self.models.vae
-        with self._resident(model):
+        with self._placing.resident(model):
             pixels = image_to_pixels(image).to(self.device, self.dtype)
             encoded = vae.encode(model, pixels)
         latent_map: Tensor = (encoded - model.config["shift_factor"]) * model.config[
@@ -355,7 +370,7 @@ class Krea:
             latents, rows=height // self.size_multiple, columns=width // self.size_multiple
         )
         latent_map = latent_map / model.config["scaling_factor"] + model.config["shift_factor"]
-        with self._resident(model):
+        with self._placing.resident(model):
             strips = self.plan is not None and self.plan.strips
             return vae.decode(model, latent_map, in_strips=strips)
 
@@ -400,13 +415,13 @@ class Krea:
             rows=rows,
             columns=columns,
         )
-        with self._transformer(request.acceleration):
+        with self._placing.transformer(request.acceleration):
             velocity = self.engine.velocity(request.acceleration, task)
             return denoise(velocity, pack(latent_map), sigmas, on_step)
 
     def prepare(self, acceleration: Acceleration) -> speed.Settings:
         """How `acceleration` runs here: chosen, and its kernels compiled, when first asked for."""
-        with self._lock, self._current_device():
+        with self._lock, self._placing.current_device():
             return self.engine.prepare(acceleration)
 
     @contextlib.contextmanager
@@ -427,25 +442,23 @@ class Krea:
         request: Txt2ImgRequest | Img2ImgRequest,
         cancelled: threading.Event,
         check: Callable[[], None],
-    ) -> tuple[list[LoraFile], InputImage | None, tuple[int, int], list[str]]:
-        """What a call draws with: its LoRAs, its input image, its size and notices of them."""
+    ) -> Prepared:
+        """What a call draws with."""
 
         def check_both() -> None:
             if cancelled.is_set():
                 raise Cancelled("cancelled")
             check()
 
-        planned = self._plan_size(request, check_both)
-        return self._find_loras(request, check_both), *planned
+        input_image, size, notices = self._plan_size(request, check_both)
+        loras = self._find_loras(request, check_both)
+        return Prepared(tuple(loras), input_image, size, tuple(notices))
 
     def _run_alone(
         self,
         request: Txt2ImgRequest | Img2ImgRequest,
         cancelled: threading.Event,
-        loras: list[LoraFile],
-        input_image: InputImage | None,
-        size: tuple[int, int],
-        notices: list[str],
+        prepared: Prepared,
         on_step: OnStep | None,
     ) -> Result:
         """A call that has the lock."""
@@ -464,8 +477,8 @@ class Krea:
                 torch.inference_mode(),
                 explained_out_of_memory(FREE_IT if self.plan else LET_IT_CHOOSE),
             ):
-                request = self._agreed(request, input_image)
-                result = self._run_somehow(request, loras, input_image, size, notices, on_step)
+                request = self._agreed(request, prepared.input_image)
+                result = self._run_somehow(request, prepared, on_step)
             self._apart = False
         finally:
             with self._switch:
@@ -475,30 +488,27 @@ class Krea:
     def _run_somehow(
         self,
         request: Txt2ImgRequest | Img2ImgRequest,
-        loras: list[LoraFile],
-        input_image: InputImage | None,
-        size: tuple[int, int],
-        notices: list[str],
+        prepared: Prepared,
         on_step: OnStep | None,
     ) -> Result:
         """`_run`, and where memory runs out, again with less of the model on the GPU."""
-        first = self.plan
+        first, notices = self.plan, [*prepared.notices]
         while True:
             try:
-                self._adapt(loras, notices)
-                return self._run(request, input_image, size, [*notices], on_step)
+                self._adapt(prepared.loras, notices)
+                return self._run(request, prepared, [*notices], on_step)
             except Exception as error:
                 if not is_out_of_gpu_memory(error) or self.plan is None or self.group is not None:
                     raise
-                smaller = self._smaller(self.plan, request.acceleration)
+                smaller = self._placing.smaller(request.acceleration)
                 if smaller is None:
-                    if self.plan is not first:
-                        self._settle_again(first)
+                    if first is not None and self.plan is not first:
+                        self._placing.settle_again(first)
                     raise
                 traceback.clear_frames(error.__traceback__)
             logger.info("memory ran out; the call is repeated with\n%s", smaller)
-            self._settle(smaller)
-            notices.append(self._said_of(smaller, "memory did not suffice"))
+            self._placing.settle(smaller)
+            notices.append(said_of(smaller, "memory did not suffice"))
 
     def _find_loras(
         self, request: Txt2ImgRequest | Img2ImgRequest, check: Callable[[], None]
@@ -510,7 +520,7 @@ class Krea:
             if one.scale
         ]
 
-    def _adapt(self, files: list[LoraFile], notices: list[str]) -> None:
+    def _adapt(self, files: Sequence[LoraFile], notices: list[str]) -> None:
         """Have the models add these LoRAs, and no others.
 
         Raises:
@@ -524,120 +534,22 @@ class Krea:
             raise InvalidRequest("the processes that draw together have different LoRAs")
         if wanted.has_text or self._adapting.current.has_text:
             self._prompts.clear()
-        self._make_room(wanted.adapters.nbytes, notices)
+        notice = self._placing.make_room(wanted.adapters.nbytes)
+        notices += [] if notice is None else [notice]
         self._adapting.add(wanted)
-
-    def _make_room(self, adapters: int, notices: list[str]) -> None:
-        """Have so many bytes of LoRAs in the plan, and less of the model where they do not fit."""
-        if self.plan is None or adapters == self.plan.adapters:
-            return
-        plan, budget = replace(self.plan, adapters=adapters), self.plan.budget
-        if plan.offload == "blocks":
-            plan = plan.for_blocks(plan.sizes.blocks)
-            if budget is not None and plan.peak > budget:
-                plan = replace(plan, resident=0, strips=True)
-            self.plan = plan
-            self._stream_blocks()
-            return
-        while budget is not None and plan.peak > budget and (smaller := plan.smaller()) is not None:
-            plan = replace(smaller, budget=budget)
-        if plan.offload == self.plan.offload:
-            self.plan = plan
-            return
-        if not self._host_has_room(plan):
-            raise OutOfMemory(
-                f"the LoRAs take {adapters / GIB:.2f} GiB, which leave too little of the GPU to "
-                "the model, and host memory has no room for it: free some of either"
-            )
-        self._settle(plan)
-        notices.append(self._said_of(plan, "the LoRAs need memory"))
-
-    def _host_has_room(self, plan: Plan) -> bool:
-        """Whether host memory holds what this plan moves there."""
-        available = available_host_memory()
-        moves = plan.offload == "blocks" and self.offload != "blocks" and self.device.type != "cpu"
-        return not moves or available is None or available >= plan.sizes.everything
-
-    def _said_of(self, plan: Plan, why: str) -> str:
-        return (
-            f"{why}: from now on less of the model stays on the GPU, at most {plan.peak / GIB:.1f} "
-            f"GiB with offload={plan.offload!r}, and pictures take longer"
-        )
-
-    def _smaller(self, plan: Plan, level: Acceleration) -> Plan | None:
-        """The next plan with which this level takes less, if host memory has room for it."""
-        assert isinstance(self.engine, Engine)
-        if not self._host_has_room(replace(plan, offload="blocks")):
-            return None
-        blocks = self.engine.block_bytes(level) or plan.sizes.blocks
-        peak = plan.for_blocks(blocks).peak
-        smaller = plan.smaller()
-        while smaller is not None and smaller.for_blocks(blocks).peak >= peak:
-            smaller = smaller.smaller()
-        return smaller
-
-    def _settle_again(self, plan: Plan | None) -> None:
-        """After a call that no plan could help: as many blocks stay as did, or might have."""
-        assert plan is not None
-        if self.offload == "blocks":
-            budget = plan.budget or plan.peak
-            blocks = replace(plan, offload="blocks", resident=0, budget=budget)
-            self.plan = blocks.for_blocks(plan.sizes.blocks)
-            self._stream_blocks()
-
-    def _settle(self, plan: Plan) -> None:
-        """Go over to a plan that takes less."""
-        models, cpu = self.models, torch.device("cpu")
-        assert isinstance(self.engine, Engine)
-        parts = (self.engine.transformer, models.vae, models.text_encoder, models.text_encoder_2)
-        if plan.offload == "modulation":
-            for layer in self.engine.transformer.modulations():
-                layer.to(cpu)
-        elif self.offload != "blocks":
-            self.engine.forget()
-            self.offload = "model"  # right for whatever is moved already, should this fail
-            for part in parts:
-                part.to(cpu)
-        self.plan, self.offload = plan, plan.offload
-        if plan.offload == "blocks":
-            self._stream_blocks()
-        pin(parts, self.device)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _stream_blocks(self) -> None:
-        """Have T5 and the transformer visit the GPU block by block, as the plan says."""
-        assert isinstance(self.engine, Engine)
-        if self._t5 is None:
-            self._t5 = text.stream_t5(self.models.text_encoder_2, self.device)
-            pin_tensors(self._t5.homes, self.device)
-        self.engine.stream_blocks(self._resident_blocks)
-
-    def _make_way(self, acceleration: Acceleration) -> None:
-        """Have no more stay on the GPU than what the plan keeps there at this level."""
-        if self._t5 is not None and self.plan is not None:
-            assert isinstance(self.engine, Engine)
-            with self._current_device():
-                self.engine.leave_others(acceleration)
-                blocks = self.engine.block_bytes(acceleration)
-            self._t5.keep(self.plan.for_blocks(blocks).t5_resident)
-
-    def _resident_blocks(self, sizes: Sequence[int]) -> int:
-        return self.plan.for_blocks(sizes).resident if self.plan else 0
 
     def _run(
         self,
         request: Txt2ImgRequest | Img2ImgRequest,
-        input_image: InputImage | None,
-        size: tuple[int, int],
+        prepared: Prepared,
         notices: list[str],
         on_step: OnStep | None,
     ) -> Result:
         assert request.seed is not None
         start = time.perf_counter()
         checker = self._checker() if request.enable_safety_checker else None
-        self._make_way(request.acceleration)
-        width, height = size
+        self._placing.make_way(request.acceleration)
+        input_image, (width, height) = prepared.input_image, prepared.size
         steps, stages = request.num_inference_steps, TXT2IMG_STAGES
         if isinstance(request, Img2ImgRequest):
             steps, stages = steps_to_run(steps, request.strength), IMG2IMG_STAGES
@@ -700,7 +612,7 @@ class Krea:
             call.advance("encode")
         latents = self._denoise(request, call, clean, width=width, height=height)
         images: list[Image.Image] = []
-        with self._resident(self.models.vae):
+        with self._placing.resident(self.models.vae):
             for i, one in enumerate(latents[:, None]):  # [1, S, 64] each
                 with call.stage("decode"):
                     pixels = self.decode(one, width=width, height=height)
@@ -722,7 +634,7 @@ class Krea:
         assert request.seed is not None
         seeds = [request.seed + i for i in range(request.num_images)]
         batches = []
-        with call.stage("denoise"), self._transformer(request.acceleration):
+        with call.stage("denoise"), self._placing.transformer(request.acceleration):
             for first in range(0, len(seeds), self.batch_size):
                 batch = seeds[first : first + self.batch_size]
 
@@ -854,57 +766,6 @@ class Krea:
             recipe["loras"] = self._adapting.current.recipe
         return recipe
 
-    def _current_device(self) -> contextlib.AbstractContextManager[object]:
-        """Triton launches on the thread's current GPU, wherever the tensors are."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    @contextlib.contextmanager
-    def _transformer(self, acceleration: Acceleration) -> Iterator[None]:
-        """Have what the steps of a call need on the device, and to oneself."""
-        with self._lock, self._current_device():
-            self._make_way(acceleration)
-            modules = self.engine.modules(acceleration)
-            with self._resident(*modules), self.engine.streaming(acceleration):
-                yield
-
-    @contextlib.contextmanager
-    def _encoders(self) -> Iterator[None]:
-        """Have the text encoders on the device, and to oneself."""
-        models = self.models
-        if self._widen_t5:
-            self._choose_widening()
-        if self._t5 is None:
-            with self._resident(models.text_encoder, models.text_encoder_2):
-                yield
-        else:
-            outside = text.outside_blocks(models.text_encoder_2)
-            with self._resident(models.text_encoder, *outside), self._t5.open():
-                yield
-            if self.plan is not None and self.device.type == "cuda":
-                torch.cuda.empty_cache()  # places for T5's blocks are too small for others
-
-    def _choose_widening(self) -> None:
-        """Have T5's packed layers widened by the transformer's kernels, where they are right."""
-        layers = packed_layers(self.models.text_encoder_2)
-        with self._current_device():
-            kernels = self.engine.prepare(self.acceleration).execution.kernels
-            kernels, notice = with_checked_widening(kernels, layers, self.device)
-        if notice is not None:
-            logger.warning("T5: %s", notice)
-        for layer in layers:
-            layer.kernels = kernels
-        self._widen_t5 = False
-
-    @contextlib.contextmanager
-    def _resident(self, *modules: nn.Module) -> Iterator[None]:
-        """Have `modules` on the device, and to oneself."""
-        with self._lock, self._current_device():
-            if self.offload in TAKE_TURNS:
-                with on_device(list(modules), self.device):
-                    yield
-            else:
-                yield

@@ -26,7 +26,7 @@ FLOORS = [
     {"loading", "lora_files", "skipping", "cluster"},
     {"safety", "text", "speed", "fetching", "verifying"},
     {"engine"},
-    {"adapting"},
+    {"adapting", "placing"},
     {"pipeline"},
     {"api", "info", "repeat"},
     {"server"},

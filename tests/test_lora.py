@@ -523,7 +523,7 @@ def test_without_room_on_the_host_the_model_stays_where_it_is(
     krea = krea_local.load(tiny_folder, device="cpu", dtype="float32", memory=f"{plan.peak}B")
     before = drawn(krea)
     with monkeypatch.context() as patch:
-        patch.setattr(krea, "_host_has_room", lambda plan: False)
+        patch.setattr(krea._placing, "host_has_room", lambda plan: False)
         with pytest.raises(krea_local.OutOfMemory, match="the LoRAs take 0.00 GiB, which leave"):
             drawn(krea, loras=loras["all"])
     assert krea.offload == "none"

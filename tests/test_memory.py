@@ -86,7 +86,7 @@ def test_nesting_moves_nothing_twice() -> None:
 def test_models_take_turns_and_the_picture_is_the_same(
     tiny_folder: Path, krea: krea_local.Krea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from krea_local import pipeline
+    from krea_local import placing
 
     model = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload="model")
     parts = {
@@ -108,7 +108,7 @@ def test_models_take_turns_and_the_picture_is_the_same(
         for name in new:
             present.remove(name)
 
-    monkeypatch.setattr(pipeline, "on_device", recorded)
+    monkeypatch.setattr(placing, "on_device", recorded)
     arguments = {"num_inference_steps": 10, "seed": 1, "num_images": 2}
     drawn = model.txt2img("a fox", image_size=SIZE, **arguments)
     assert turns == [("text_encoder", "text_encoder_2"), ("transformer",), ("vae",)]
