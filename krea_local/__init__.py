@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from krea_local._version import __version__
 from krea_local.api import img2img, load, txt2img
+from krea_local.converting import convert
 from krea_local.errors import (
     Cancelled,
     DeviceError,
@@ -63,6 +64,7 @@ __all__ = [
     "WeightsInvalid",
     "WeightsNotFound",
     "__version__",
+    "convert",
     "download",
     "img2img",
     "load",

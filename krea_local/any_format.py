@@ -94,6 +94,15 @@ def check_t5(folder: Path, files: list[Path]) -> None:
         _t5_tensors(files, stored, _empty_t5(folder))
 
 
+def large_weights(folder: Path, files: list[Path], stored: Mapping[str, Stored]) -> set[str]:
+    """Which tensors of `files`, opened as `stored`, are the matrices inside the blocks, by name."""
+    model, config = empty_transformer(folder)
+    places = _places(files, stored, model, config)
+    large = {id(owner.get_submodule(name)) for owner, name in model.large_layers()}
+    layers = [name for name, module in model.named_modules() if id(module) in large]
+    return {place.source for layer in layers for place in places[f"{layer}.weight"]}
+
+
 def load_transformer(
     folder: Path,
     files: list[Path],

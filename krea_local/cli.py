@@ -182,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_flags(_command(commands, "serve", serve, serving.run))
     _add_download(commands)
     _add_verify(commands)
+    _add_convert(commands)
     tiny = _command(commands, "tiny", "Write the tiny random-weight checkpoint to a folder.", _tiny)
     tiny.add_argument("folder", metavar="DIR", type=Path, help="an empty or new folder")
     info = _command(commands, "info", "Show versions, GPUs, and what would fit on them.", _info)
@@ -301,6 +302,23 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--quiet", action="store_true", help="no progress bar, and only what is bad"
     )
+
+
+def _add_convert(commands: Any) -> None:
+    text = "Write a model's transformer in 8-bit floats: a file that needs less memory."
+    command = _command(commands, "convert", text, _convert)
+    command.add_argument(
+        "file", metavar="FILE", help="a .safetensors to write, 15 GB for the 12 B model"
+    )
+    command.add_argument(
+        "--model",
+        help="as for txt2img; what is not here is not fetched (default: $KREA_LOCAL_MODEL, else "
+        "FLUX.1 Krea [dev])",
+    )
+    command.add_argument(
+        "--transformer", metavar="OTHER", help="take this file's transformer instead of the model's"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _metavar(name: str) -> str:
@@ -567,6 +585,18 @@ def _verify(parsed: argparse.Namespace) -> int:
     if bad:
         print(f"krea-local: {one_line(_remedy(given.get('model'), bad))}", file=sys.stderr)
         return WEIGHTS
+    return OK
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from krea_local.converting import convert
+
+    given = vars(parsed)
+    model, transformer = given.get("model"), given.get("transformer")
+    file = convert(parsed.file, model, transformer=transformer, progress="quiet" not in given)
+    named = f" --model {shlex.quote(model)}" if model else ""
+    options = f"{named} --transformer {shlex.quote(str(file))} --acceleration regular"
+    print(f'krea-local txt2img "a red fox in fresh snow"{options}')
     return OK
 
 

@@ -24,7 +24,7 @@ FLOORS = [
     {"components", "lora"},
     {"any_format"},
     {"loading", "lora_files", "skipping", "cluster"},
-    {"safety", "text", "speed", "fetching", "verifying"},
+    {"safety", "text", "speed", "fetching", "verifying", "converting"},
     {"engine"},
     {"adapting", "placing"},
     {"pipeline"},

@@ -85,7 +85,7 @@ def test_the_command_lines_run(
     Path("prompts.txt").write_text("one\ntwo\n")
     (section,) = (block for block in blocks("sh") if "krea-local info" in block)
     lines = [line for line in section.splitlines() if line]
-    assert len(lines) == 10
+    assert len(lines) == 11
     write_lora(krea, 2, Path("style.safetensors"))
     for line in lines:
         arguments = shlex.split(line, comments=True)
@@ -97,7 +97,7 @@ def test_the_command_lines_run(
             arguments += ["--num-inference-steps", fewest[arguments[0]]]  # only to save time
         assert cli.main(arguments) == 0, line
         said = capsys.readouterr().err
-        assert said == "" or arguments[0] in ("download", "verify")
+        assert said == "" or arguments[0] in ("download", "verify", "convert")
     assert fetched == [("krea", None)]
 
 
