@@ -86,7 +86,7 @@ def load(
             about 17 GiB; "blocks" has no more of the large ones there than three blocks at a time,
             about 2.5 GiB, and copies the next ones while one works.
         acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
-            "regular" multiplies in 8-bit floats, "high" also skips steps; `speed.LEVELS` has all.
+            "regular" multiplies in 8 bits, "high" also skips steps; `speed.LEVELS` has all.
         engine: "native" is our transformer; "diffusers" is theirs, to compare with.
         compile: have torch.compile make the operations between matrix products instead of taking
             our Triton kernels, which were written for data-centre GPUs; try it on another.
@@ -402,7 +402,7 @@ def choose_plan(
 
     from krea_local import plan
     from krea_local.memory import available_host_memory
-    from krea_local.speed import has_float8
+    from krea_local.speed import eight_bit_of
 
     budget = None if memory == "auto" else plan.parse_budget(memory)
     if device.type == "cuda":
@@ -414,7 +414,7 @@ def choose_plan(
         budget = free if budget is None else min(budget, free)
     if budget is None:
         raise InvalidRequest("memory='auto': is for a GPU; on the CPU give an amount, or nothing")
-    float8 = level != "none" and dtype == torch.bfloat16 and has_float8(device)
+    float8 = level != "none" and dtype == torch.bfloat16 and eight_bit_of(device) is not None
     chosen = plan.choose(sizes, budget, batch=batch_size, float8=float8)
     available = available_host_memory()
     if chosen.offload == "blocks" and available is not None and available < sizes.everything:
