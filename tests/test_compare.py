@@ -12,7 +12,6 @@ from PIL import Image
 
 from benchmarks import compare
 from benchmarks.peers import PEERS
-from krea_local import speed
 from krea_local.speed import LEVELS
 from krea_local.transformer import Config
 
@@ -25,9 +24,8 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     output = tmp_path_factory.mktemp("results") / "run.jsonl"
     options = [*SHORT, "--batches", "1", "2", "--ceiling-seconds", "0.01", "--engines"]
     engines = [*(f"krea_local:{level}" for level in LEVELS), "diffusers:eager", "diffusers:cudnn"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "eight_bit_of", lambda device: torch.int8)  # emulated
-        assert compare.main([*options, *engines, "--output", str(output)]) == 0
+    emulated = ["--eight-bit", "int8"]
+    assert compare.main([*options, *engines, *emulated, "--output", str(output)]) == 0
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
