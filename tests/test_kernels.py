@@ -305,10 +305,9 @@ def test_every_kernel_compiles_for_every_gpu_generation_without_spilling() -> No
 
 
 COMPILE = """
-import re, subprocess, tempfile, warnings
+import pathlib, re, subprocess, tempfile, warnings
 warnings.simplefilter("ignore")
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from krea_local.kernels import gelu, int8_product, norm_modulate, qk_norm_rotary
@@ -329,6 +328,7 @@ PRODUCTS = [
           group=int8_product.GROUP, whole=True))
     for tile in (int8_product.LARGE, int8_product.SMALL)
 ]
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LENGTHS = {"text_rows", "text_len", "image_len", "rows"}
 SCALARS = LENGTHS | {"outputs", "inner"}
 NAMES = {"float8_e4m3fn": "*fp8e4nv", "int8": "*i8"}
@@ -355,7 +355,7 @@ def build(name, capability, kernel, warps, stages, values, types):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        used = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+        used = subprocess.run([CUOBJDUMP, "-res-usage", file.name],
                               capture_output=True, text=True, check=True).stdout
     local = re.search(r"STACK:(\\d+)", used).group(1)
     print(name, capability, wide, local, built.metadata.shared, integers)

@@ -183,6 +183,15 @@ def test_regular_runs_in_8_bits_and_none_stays_exact(
     assert torch.equal(exact, latents(krea, [1]))
 
 
+@pytest.mark.usefixtures("eight_bit")
+def test_a_plan_counts_the_weights_in_8_bits(tiny_folder: Path) -> None:
+    for level in ("none", "regular"):
+        files = {"device": "cpu", "dtype": "bfloat16", "memory": "40GB", "acceleration": level}
+        made = krea_local.load(tiny_folder, **files).plan
+        assert made is not None
+        assert made.float8 == (level != "none")
+
+
 def test_the_weights_of_one_format_make_room_for_those_of_another(fresh: Krea) -> None:
     found = {}
     for eight_bit in (*FORMATS, FORMATS[0]):
