@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import latency, load, lora, random_model
+from benchmarks import latency, load, lora, random_model, rounding
 
 
 def test_latency_prints_a_table_and_one_line_of_json(
@@ -45,6 +45,25 @@ def test_what_loras_cost_is_measured_level_by_level(
     assert results[1]["file_bytes"] > 1.5 * results[0]["file_bytes"]
     assert all(result["ratio"] > 0 for result in results)
     assert "rank 4" in capsys.readouterr().out
+
+
+def test_what_8_bits_round_depends_on_outliers(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--widths 128 --double 1 --single 1 --lengths 3072"
+    assert rounding.main(options.split()) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["errors"]
+    errors = {(line["what"], line["kind"]): line for line in found}
+    assert len(errors) == len(found) == 2 * 3
+    for line in found:  # the exponents of floats follow what is large
+        assert 0.03 < line["float8"] < 0.05
+        assert 0.002 < line["bfloat16"] < 0.01
+    for what in ("product", "forward"):
+        normal, outliers, balanced = (errors[what, kind]["int8"] for kind in rounding.KINDS)
+        assert 0.01 < normal < 0.015
+        assert normal < outliers < balanced
+    assert errors["product", "outliers"]["int8"] == pytest.approx(0.05, abs=0.005)
+    with pytest.raises(SystemExit):
+        rounding.main(["--widths", "100"])
+    assert "multiples of 128" in capsys.readouterr().err
 
 
 def test_the_cost_is_shown_for_a_gpu_next_to_the_hosted_apis() -> None:

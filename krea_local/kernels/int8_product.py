@@ -34,10 +34,10 @@ class Tile(NamedTuple):
 # multiplies 2048 pairs a cycle and can read 128 bytes of shared memory, and 47 from the L2 cache at
 # its share; a GeForce's multiplies half as many. LARGE: a warp has 64 × 64 results, for which half
 # of what can be read from shared memory suffices, and 24 bytes a cycle from the L2 cache; 72 KiB
-# of the 99 that a program may have on 8.6, and 239 … 243 registers a thread with Triton 3.3 … 3.9.
-# (128 × 256 needs less with most of them, and more than there are with 3.4 and 3.5.) SMALL: 75 %
-# and 48 bytes, for products too small to occupy a GPU otherwise; 36 KiB and 142 … 150 registers,
-# so that a multiprocessor has three at a time.
+# of the 99 that a program may have on 8.6, and 239 … 243 registers a thread with Triton 3.3 … 3.7
+# and 3.9. (128 × 256 needs less with most of them, and more than there are with 3.4 and 3.5.)
+# SMALL: 75 % and 48 bytes, for products too small to occupy a GPU otherwise; 36 KiB and 142 … 150
+# registers, so that a multiprocessor has three at a time.
 LARGE = Tile(256, 128, 64, warps=8, stages=4)
 SMALL = Tile(64, 128, 64, warps=4, stages=4)
 FEW_TILES = 108  # multiprocessors of an A100: with fewer large tiles some would have none
