@@ -3,7 +3,8 @@
 Every figure is a median of timed stretches (CUDA events; a clock on the CPU, where `scale` shrinks
 the shapes so that the code can be rehearsed). Data is random and normal, never zeros, which run
 13 % faster. Returns plain dicts for JSON; where a figure cannot be had, the reason is in its place.
-Knows nothing of krea_local.
+Knows nothing of krea_local but its product of
+integers, which stands beside torch's.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def gemm_rates(
 ) -> dict[str, dict[str, Figure]]:
     """TFLOP/s of each linear with its bias, sustained over `seconds`: {kind: {"MxNxK": rate}}.
 
-    float8 by `torch._scaled_mm` with fast accumulation, one scale a row or one a tensor; quantising
-    the input is not in it.
+    float8 by `torch._scaled_mm` with fast accumulation, one scale a row or one a tensor; int8 by
+    `torch._int_mm`, without scales and bias, and with them by our kernel, "int8_ours". Quantising
+    the input is in none.
 
     Args:
         scale: divides every size, for a rehearsal.
@@ -59,6 +61,8 @@ def gemm_rates(
         "bf16": _bf16_linear,
         "fp8_rowwise": partial(_float8_linear, rows=True),
         "fp8_tensorwise": partial(_float8_linear, rows=False),
+        "int8": _int8_linear,
+        "int8_ours": _our_int8_linear,
     }
     rates: dict[str, dict[str, Figure]] = {}
     for kind, prepare in kinds.items():
@@ -170,6 +174,28 @@ def _float8_linear(m: int, n: int, k: int, device: torch.device, *, rows: bool) 
         return product
 
     return call
+
+
+def _int8_linear(m: int, n: int, k: int, device: torch.device) -> Call:
+    x, _ = _int8(_normal((m, k), device))
+    weights = cycle([_int8(_normal((n, k), device))[0] for _ in range(WEIGHTS)])
+    return lambda: torch._int_mm(x, next(weights).t())
+
+
+def _our_int8_linear(m: int, n: int, k: int, device: torch.device) -> Call:
+    from krea_local.kernels import Quantized
+    from krea_local.kernels.int8_product import int8_product
+
+    if device.type != "cuda":
+        raise RuntimeError("needs a GPU")
+    x, bias = Quantized(*_int8(_normal((m, k), device))), _normal((n,), device)
+    weights = cycle([Quantized(*_int8(_normal((n, k), device))) for _ in range(WEIGHTS)])
+    return lambda: int8_product(x, next(weights), bias)
+
+
+def _int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    scale = tensor.abs().amax(dim=1, keepdim=True).float() / 127
+    return (tensor.float() / scale).round().to(torch.int8), scale
 
 
 def _float8(tensor: Tensor, *, rows: bool) -> tuple[Tensor, Tensor]:

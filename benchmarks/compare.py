@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ceilings
+from benchmarks.fidelity import EMULATED, emulated
 from benchmarks.latency import device_name, parse_size, positive
 from benchmarks.peers import PEERS
 from benchmarks.random_model import as_diffusers, krea_of
@@ -82,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="NAME",
         help="only these, such as krea_local:none diffusers:eager (default: all)",
     )
+    parser.add_argument(
+        "--eight-bit", choices=list(EMULATED), help="for regular and high, whatever the GPU is"
+    )
     parser.add_argument("--ceiling-seconds", type=float, default=5.0, help="each, sustained")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -99,14 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.open("x").close()
-        run = Run(options, lines)
-        for part in PARTS:
-            if part in options.parts:
-                try:
-                    PARTS[part](run)
-                except Exception as error:  # the others are still measured
-                    run.write("part", engine=part, failed=reason_of(error))
-                run.engine.forget()  # so that the next part's peak memory is its own
+        with emulated(options.eight_bit) if options.eight_bit else nullcontext():
+            run = Run(options, lines)
+            for part in PARTS:
+                if part in options.parts:
+                    try:
+                        PARTS[part](run)
+                    except Exception as error:  # the others are still measured
+                        run.write("part", engine=part, failed=reason_of(error))
+                    run.engine.forget()  # so that the next part's peak memory is its own
     except (KreaError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
@@ -226,7 +231,7 @@ def exactness(run: Run) -> None:
         found["krea_local:plain-torch"] = ours(Settings())
         for level in ("none", "regular"):
             settings = run.krea.prepare(level)
-            if level == "none" or settings.float8:
+            if level == "none" or settings.eight_bit is not None:
                 found[f"krea_local:{level}"] = ours(settings)
     size = reference.norm()
     for engine, velocity in found.items():
@@ -390,7 +395,9 @@ def achieved(run: Run, figures: dict[str, Any], level: Acceleration) -> dict[str
 
 def roofline_share(config: Config, line: dict[str, Any], ceilings: dict[str, Any]) -> float | None:
     """The time that the ceilings allow for the loop's work, over the time it took."""
-    kind = "fp8_rowwise" if line["settings"]["float8"] else "bf16"
+    kind = {"float8_e4m3fn": "fp8_rowwise", "int8": "int8"}.get(
+        line["settings"]["eight_bit"], "bf16"
+    )
     # Each shape counts by its share of the work: (N, K) and how often a pair of blocks has it.
     work = {(9216, 3072): 19, (3072, 3072): 19, (12288, 3072): 19, (3072, 12288): 19}
     work |= {(21504, 3072): 38, (3072, 15360): 38}

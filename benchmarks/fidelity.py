@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from PIL import Image
 
 from benchmarks.latency import device_name, parse_size, positive
@@ -46,6 +47,7 @@ from krea_local.schema import Acceleration
 from krea_local.skipping import StepCache
 
 LOSSY: tuple[Acceleration, ...] = ("regular", "high")
+EMULATED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 GOALS: dict[str, dict[Acceleration, float]] = {
     "lpips": {"regular": 0.13, "high": 0.13},  # the mean should be below
     "image_reward": {"regular": 1.0, "high": 2.5},  # percent of the mean that is lost, at most
@@ -198,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--offload", default="none")
-    add("--emulate-float8", action="store_true", help="8-bit floats on the CPU, slowly")
+    add("--emulate", choices=list(EMULATED), help="these 8 bits on the CPU, slowly")
     add("--clip", type=Path, metavar="FOLDER", help="CLIP, such as openai/clip-vit-large-patch14")
     add(
         "--image-reward",
@@ -240,12 +242,12 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     _check_paths(options)
     prompts = (read_prompts(options.prompts) if options.prompts else list(PROMPTS))[: options.limit]
     width, height = parse_size(options.image_size)
-    if options.emulate_float8 and choose_device(options.device).type != "cpu":
-        raise InvalidRequest("--emulate-float8: needs --device cpu; a GPU runs what it can")
+    if options.emulate and choose_device(options.device).type != "cpu":
+        raise InvalidRequest("--emulate: needs --device cpu; a GPU runs what it can")
     metrics, unmeasured = find_metrics(options)
     levels: tuple[Acceleration, ...] = ("none", *dict.fromkeys(options.levels))
     plan = Plan(levels, options.seeds, width, height, options.steps, metrics)
-    with emulated_float8() if options.emulate_float8 else contextlib.nullcontext():
+    with emulated(options.emulate) if options.emulate else contextlib.nullcontext():
         krea = krea_of(options.model, options.device, options.dtype, options.offload, 1)
         rows, stopped = _draw_all(krea, prompts, plan, thumbnails=bool(options.sheet))
         lossy = {level: lossy_steps(krea.prepare(level)) for level in levels}
@@ -261,7 +263,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         "prompts": len(rows),
         "prompts_asked": len(prompts),
         "seeds": plan.seeds,
-        "emulated_float8": options.emulate_float8,
+        "emulated": options.emulate,
         "stopped": stopped,
         "levels": [level_report(level, shots, plan, lossy[level]) for level in levels],
         "unmeasured": unmeasured,
@@ -305,9 +307,9 @@ def _packages(metrics: Sequence[Metric]) -> list[str]:
 
 
 @contextlib.contextmanager
-def emulated_float8() -> Iterator[None]:
-    """While open, the CPU passes for a device with 8-bit floats."""
-    with mock.patch.object(speed, "has_float8", return_value=True):
+def emulated(eight_bit: str) -> Iterator[None]:
+    """While open, every device passes for one with these 8-bit products, of `EMULATED`."""
+    with mock.patch.object(speed, "eight_bit_of", return_value=EMULATED[eight_bit]):
         yield
 
 
@@ -327,7 +329,10 @@ def recorded_caches() -> Iterator[list[StepCache]]:
 
 def lossy_steps(settings: speed.Settings) -> list[str]:
     """Which of a level's steps that change the picture are on, named as in `speed.LEVELS`."""
-    on = {"float8_linears": settings.float8, "skip_steps": settings.skipping is not None}
+    on = {
+        "eight_bit_linears": settings.eight_bit is not None,
+        "skip_steps": settings.skipping is not None,
+    }
     return [name for name, is_on in on.items() if is_on]
 
 
@@ -481,7 +486,7 @@ def table(result: Mapping[str, Any]) -> str:
     drawn = f"{result['prompts']} prompts x {result['seeds']} seeds"
     if result["prompts"] < result["prompts_asked"]:
         drawn += f" (of {result['prompts_asked']} prompts: {result['stopped']})"
-    how = ", 8-bit floats emulated" if result["emulated_float8"] else ""
+    how = f", {result['emulated']} emulated" if result["emulated"] else ""
     lines = [
         f"{'device':15} {result['device']}{how}",
         f"{'model':15} {result['model']}, {result['dtype']}, offload {result['offload']}",

@@ -28,7 +28,7 @@ from torch import Tensor
 from krea_local import kernels
 from krea_local.info import versions
 from krea_local.kernels import Kernels, Layout, Quantized
-from krea_local.speed import has_float8
+from krea_local.speed import eight_bit_of
 
 # (module of krea_local.kernels, constant, values): the constant as it is comes first.
 SETS = 4
@@ -130,27 +130,31 @@ def operations(
         ),
         "gelu": (lambda ops: ops.gelu(fused[:, 3 * width :], y), 10 * one),
     }
-    if has_float8(device) or device.type == "cpu":
+    eight_bit = torch.float8_e4m3fn if device.type == "cpu" else eight_bit_of(device)
+    if eight_bit is not None:
         found |= {
             "norm_modulate 8-bit": (
                 lambda ops: _values(
-                    ops.norm_modulate(x, shift, scale, text_rows=text_rows, quantized=True)
+                    ops.norm_modulate(x, shift, scale, text_rows=text_rows, eight_bit=eight_bit)
                 ),
                 one + one // number,
             ),
             "residual_norm_modulate 8-bit": (
                 lambda ops: _values(
                     ops.residual_norm_modulate(
-                        x, y, gate, shift, scale, text_rows=text_rows, quantized=True
+                        x, y, gate, shift, scale, text_rows=text_rows, eight_bit=eight_bit
                     )
                 ),
                 3 * one + one // number,
             ),
             "gelu 8-bit": (
-                lambda ops: _values(ops.gelu(fused[:, 3 * width :], y, quantized=True)),
+                lambda ops: _values(ops.gelu(fused[:, 3 * width :], y, eight_bit=eight_bit)),
                 5 * one + 5 * one // number,
             ),
-            "quantize 8-bit": (lambda ops: ops.quantize(x), one + one // number),
+            "quantize 8-bit": (
+                lambda ops: _values(ops.quantize(x, eight_bit=eight_bit)),
+                one + one // number,
+            ),
         }
     return found
 

@@ -238,7 +238,7 @@ def sizes_of(kind: str) -> Sizes:
         blocks=tuple(weight_bytes(block, 2) for block in model.step_blocks()),
         modulation=weight_bytes(model.modulations(), 2),
         scratch=scratch_bytes([model], 2),
-        float8=model.is_kept_in_float8,
+        eight_bit=model.is_kept_in_float8,
     )
 
 

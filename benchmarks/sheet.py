@@ -80,7 +80,7 @@ def _draw_head(
     draw: ImageDraw.ImageDraw, result: Mapping[str, Any], lefts: Sequence[int], cell: int
 ) -> None:
     title = f"{result['model']}: acceleration against none"
-    emulated = ", 8-bit floats emulated" if result["emulated_float8"] else ""
+    emulated = f", {result['emulated']} emulated" if result["emulated"] else ""
     about = (
         f"{result['width']}x{result['height']}, {result['steps']} steps, seed 0, "
         f"{result['dtype']} on {result['device']}{emulated}"

@@ -147,7 +147,7 @@ def described(settings: Settings) -> dict[str, Any]:
         "kernels": execution.kernels.name,
         "attention": execution.attention.name,
         "gelu_epilogue": execution.gelu_epilogue,
-        "float8": settings.float8,
+        "eight_bit": settings.eight_bit and str(settings.eight_bit).removeprefix("torch."),
         "skipping": settings.skipping and dataclasses.asdict(settings.skipping),
     }
 

@@ -91,7 +91,7 @@ def load(
             time. The picture is that of weights widened beforehand (False), bit for bit. Default:
             where a plan is made, packed unless the whole transformer fits onto the GPU widened.
         acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
-            "regular" multiplies in 8-bit floats, "high" also skips steps; `speed.LEVELS` has all.
+            "regular" multiplies in 8 bits, "high" also skips steps; `speed.LEVELS` has all.
         engine: "native" is our transformer; "diffusers" is theirs, to compare with.
         compile: have torch.compile make the operations between matrix products instead of taking
             our Triton kernels, which were written for data-centre GPUs; try it on another.
@@ -424,9 +424,10 @@ def choose_plan(
     import torch
 
     from krea_local import plan
+    from krea_local.kernels.rows import FLOAT8
     from krea_local.memory import available_host_memory
     from krea_local.rates import measure
-    from krea_local.speed import has_float8
+    from krea_local.speed import eight_bit_of
 
     budget = None if memory == "auto" else plan.parse_budget(memory)
     if device.type == "cuda":
@@ -438,7 +439,11 @@ def choose_plan(
         budget = free if budget is None else min(budget, free)
     if budget is None:
         raise InvalidRequest("memory='auto': is for a GPU; on the CPU give an amount, or nothing")
-    float8 = level != "none" and dtype == torch.bfloat16 and has_float8(device)
+    eight_bit = None
+    if level != "none" and dtype == torch.bfloat16:
+        eight_bit = eight_bit_of(device)
+    if packed is not None and eight_bit not in (None, FLOAT8):
+        packed = replace(packed, eight_bit=False)  # of other 8 bits
     chosen = plan.choose(
         sizes,
         budget,
@@ -446,7 +451,7 @@ def choose_plan(
         always=always,
         host=available_host_memory(),
         batch=batch_size,
-        float8=float8,
+        eight_bit=eight_bit is not None,
     )
     rates = measure(device, dtype) if device.type == "cuda" else None
     return replace(chosen, rates=rates)

@@ -123,6 +123,7 @@ def _write(
     import torch
 
     from krea_local.kernels import PLAIN
+    from krea_local.kernels.rows import FLOAT8
 
     offsets: dict[str, int] = {}
     made = {"format": "pt", "made_by": f"krea_local {__version__}"}
@@ -153,7 +154,7 @@ def _write(
             if wanted[name].dtype == "BF16":
                 put(name, numbers)
             else:
-                values, scale = PLAIN.quantize(numbers)
+                values, scale = PLAIN.quantize(numbers, eight_bit=FLOAT8)
                 put(name, values)
                 put(_scale_of(name), scale.flatten())
             bar.advance("transformer", one.nbytes)

@@ -1,6 +1,6 @@
 """The transformer as a velocity, at every level of acceleration; and diffusers', to compare with.
 
-Holds what outlives a call: how each level runs here, the weights in 8-bit floats, and what the
+Holds what outlives a call: how each level runs here, the weights in 8 bits, and what the
 steps of the last call had in common. Knows nothing of requests, text encoders or the VAE.
 """
 
@@ -91,7 +91,7 @@ class Engine:
             group.check(transformer.config.num_attention_heads)
         self.settings: dict[Acceleration, speed.Settings] = {}
         self.notices: dict[Acceleration, tuple[str, ...]] = {}
-        self._float8: FluxTransformer | None = None
+        self._eight_bit: FluxTransformer | None = None
         self._resident_blocks: ResidentBlocks | None = None
         self._streams: dict[FluxTransformer, BlockStream] = {}
         self._outside: dict[FluxTransformer, list[nn.Module]] = {}
@@ -148,22 +148,25 @@ class Engine:
         for stream in self._streams.values():
             stream.leave()
             stream.keep(resident_blocks([home.nbytes for home in stream.homes]))
-        for model in (self.transformer, self._float8):
+        for model in (self.transformer, self._eight_bit):
             if model is not None:
                 self._stream(model)
 
     def variant(self, settings: speed.Settings) -> FluxTransformer:
-        """The transformer, or itself in 8-bit floats, which is made when first asked for."""
+        """The transformer, or itself in 8 bits, which is made when first asked for."""
         self.transformer.use(settings.execution.kernels)
-        if not settings.float8:
+        if settings.eight_bit is None:
             return self.transformer
-        if self._float8 is None:
-            self._float8 = self.transformer.in_float8(settings.execution.kernels, self.device)
+        if self._eight_bit is None or self._eight_bit.eight_bit != settings.eight_bit:
+            self._drop_eight_bit()
+            self._eight_bit = self.transformer.in_eight_bit(
+                settings.eight_bit, settings.execution.kernels, self.device
+            )
             if self._resident_blocks is not None:
-                self._stream(self._float8)
-            pin([self._float8], self.device)
-        self._float8.use(settings.execution.kernels)
-        return self._float8
+                self._stream(self._eight_bit)
+            pin([self._eight_bit], self.device)
+        self._eight_bit.use(settings.execution.kernels)
+        return self._eight_bit
 
     def _modules(self, model: FluxTransformer) -> list[nn.Module]:
         if model not in self._outside:
@@ -205,21 +208,21 @@ class Engine:
     def adapt(self, low_rank: Mapping[str, LowRank]) -> None:
         """Have LoRAs added to the transformer's layers, by name; between calls.
 
-        The weights stay as they are. Those in 8-bit floats are made anew, with it in them.
+        The weights stay as they are. Those in 8 bits are made anew, with it in them.
         """
         self.transformer.adapt(low_rank)
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is kept from call to call: 80 MB, and the weights in 8-bit floats."""
+        """Drop what is kept from call to call: 80 MB, and the weights in 8 bits."""
         self._conditioning = None
-        self._drop_float8()
+        self._drop_eight_bit()
 
-    def _drop_float8(self) -> None:
-        if self._float8 is not None:
-            self._streams.pop(self._float8, None)
-            self._outside.pop(self._float8, None)
-        self._float8 = None
+    def _drop_eight_bit(self) -> None:
+        if self._eight_bit is not None:
+            self._streams.pop(self._eight_bit, None)
+            self._outside.pop(self._eight_bit, None)
+        self._eight_bit = None
 
     def _repeat(
         self,
@@ -230,15 +233,15 @@ class Engine:
         step: int,
         cache: StepCache | None,
     ) -> Tensor:
-        """Repeat a step that failed, without 8-bit floats or at last in plain torch, from now on.
+        """Repeat a step that failed, without 8-bit products or at last in plain torch, from now on.
 
         A kernel that cannot do a size costs speed then, not the picture. If the GPU itself has
         failed, so does every attempt.
         """
         current = self.settings[level]
         attempts = {
-            "without 8-bit floats": replace(current, float8=False),
-            "in plain torch": replace(current, execution=Execution(), float8=False),
+            "without 8-bit products": replace(current, eight_bit=None),
+            "in plain torch": replace(current, execution=Execution(), eight_bit=None),
         }
         for how, settings in attempts.items():
             if settings == current:
@@ -253,8 +256,8 @@ class Engine:
                 error = again
                 continue
             self.settings[level] = settings
-            if not any(one.float8 for one in self.settings.values()):
-                self._drop_float8()
+            if all(one.eight_bit is None for one in self.settings.values()):
+                self._drop_eight_bit()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             notice = f"failed and runs {how} from now on, slower: {reason}"
             self.notices[level] = (f"acceleration={level!r} {notice}",)

@@ -216,7 +216,7 @@ def sizes(checkpoint: Checkpoint, dtype: torch.dtype, *, packed: bool = False) -
         row=transformer.config.hidden_size * dtype.itemsize,
         itemsize=dtype.itemsize,
         scratch=scratch_bytes([transformer, t5], dtype.itemsize),
-        float8=transformer.is_kept_in_float8,
+        eight_bit=transformer.is_kept_in_float8,
     )
 
 

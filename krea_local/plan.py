@@ -56,7 +56,8 @@ class Sizes:
         row: of one token [D] between blocks.
         itemsize: of a number; 2 in bfloat16.
         scratch: what widening a packed layer takes, where there are such.
-        float8: whether the blocks' weights are in 8-bit floats, and need no others at any level.
+        eight_bit: whether the blocks' weights are in the 8 bits that levels multiply, and need no
+            others.
     """
 
     blocks: tuple[int, ...]
@@ -72,7 +73,7 @@ class Sizes:
     row: int
     itemsize: int = 2
     scratch: int = 0
-    float8: bool = False
+    eight_bit: bool = False
 
     @property
     def t5(self) -> int:
@@ -131,7 +132,7 @@ class Plan:
         budget: bytes that there are; None for as many as it takes.
         pixels: of the images that it is made for.
         batch: images that are denoised together.
-        float8: whether the blocks are also needed in 8 bits.
+        eight_bit: whether the blocks are also needed in 8 bits.
         adapters: bytes of LoRAs, which stay there.
         strips: whether pictures of any size are decoded in strips, which rounds otherwise.
         packed: whether weights stay in the fewer bits of their files, of which `sizes` then are.
@@ -145,7 +146,7 @@ class Plan:
     budget: int | None = None
     pixels: int = 2**20
     batch: int = 1
-    float8: bool = False
+    eight_bit: bool = False
     adapters: int = 0
     strips: bool = False
     packed: bool = False
@@ -168,12 +169,12 @@ class Plan:
         sizes = self.sizes
         if self.offload in ("none", "modulation"):
             return sizes.modulation if self.offload == "modulation" else 0
-        return sizes.everything + self._float8
+        return sizes.everything + self._eight_bit
 
     @property
-    def _float8(self) -> int:
+    def _eight_bit(self) -> int:
         """Bytes of the blocks in 8 bits, where they are needed beside the others."""
-        return self.sizes.numbers if self.float8 and not self.sizes.float8 else 0
+        return self.sizes.numbers if self.eight_bit and not self.sizes.eight_bit else 0
 
     @property
     def stages(self) -> dict[str, int]:
@@ -188,7 +189,7 @@ class Plan:
             kept += sizes.vae + sizes.safety_checker + RESERVE + self.adapters
             kept += sizes.modulation if self.offload == "none" else 0
             # Where blocks visit the GPU, those in 8 bits come instead of the others.
-            kept += self._float8
+            kept += self._eight_bit
             return {
                 "text": kept + sizes.scratch,
                 "encode": kept + encoding,
@@ -394,7 +395,7 @@ def choose(
     host: int | None = None,
     pixels: int = 2**20,
     batch: int = 1,
-    float8: bool = False,
+    eight_bit: bool = False,
 ) -> Plan:
     """The fastest plan that takes no more than `budget` bytes.
 
@@ -406,17 +407,17 @@ def choose(
         host: bytes that there are in host memory; None for as many as it takes.
         pixels: of the images.
         batch: images that are denoised together.
-        float8: whether the blocks are also needed in 8 bits.
+        eight_bit: whether the blocks are also needed in 8 bits.
 
     Raises:
         OutOfMemory: none does; says what the smallest one needs.
     """
-    model = Plan(sizes, budget=budget, pixels=pixels, batch=batch, float8=float8)
+    model = Plan(sizes, budget=budget, pixels=pixels, batch=batch, eight_bit=eight_bit)
     plans = list(options(model))
     if packed is not None:
         # Widening costs each step some passes over the weights, less than copying them. Levels in
         # 8 bits do it once, if at all.
-        wide = [plan for plan in plans if not (plan.streamed or plan.strips or float8 or always)]
+        wide = [plan for plan in plans if not (plan.streamed or plan.strips or eight_bit or always)]
         plans = [*wide, *options(replace(model, sizes=packed, packed=True))]
     fitting = [plan for plan in plans if plan.peak <= budget]
     for plan in fitting:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from krea_local import attention, kernels
-from krea_local.layers import check_float8
+from krea_local.layers import check_product
 from krea_local.packed import packed_layers, with_checked_widening
 from krea_local.schema import Acceleration
 from krea_local.skipping import Skipping
@@ -29,12 +29,13 @@ class Settings:
 
     Attributes:
         execution: operations and attention.
-        float8: the large layers in 8-bit floats.
+        eight_bit: what the large layers multiply, float8_e4m3fn or int8; None for the model's own
+            numbers.
         skipping: which denoising steps may be skipped; None for none.
     """
 
     execution: Execution = field(default_factory=Execution)
-    float8: bool = False
+    eight_bit: torch.dtype | None = None
     skipping: Skipping | None = None
 
 
@@ -90,7 +91,7 @@ def fuse_pointwise(settings: Settings, place: Place) -> tuple[Settings, Notice]:
         place.transformer.dtype,
         heads=config.num_attention_heads,
         head_dim=config.attention_head_dim,
-        quantized=has_float8(place.device),
+        eight_bit=eight_bit_of(place.device),
         compiled=place.compile,
     )
     layers = packed_layers(place.transformer)
@@ -115,29 +116,32 @@ def fastest_attention(settings: Settings, place: Place) -> tuple[Settings, Notic
 def gelu_in_epilogue(settings: Settings, place: Place) -> tuple[Settings, Notice]:
     """GELU of the double blocks inside cuBLASLt's matrix product: a pass over memory less.
 
-    Needs CUDA; has no effect on layers in 8-bit floats.
+    Needs CUDA; has no effect on layers in 8 bits.
     """
     on = place.device.type == "cuda"
     return replace(settings, execution=replace(settings.execution, gelu_epilogue=on)), None
 
 
-def float8_linears(settings: Settings, place: Place) -> tuple[Settings, Notice]:
-    """The blocks' matrix products in float8_e4m3, scaled by row, with fast accumulation.
+def eight_bit_linears(settings: Settings, place: Place) -> tuple[Settings, Notice]:
+    """The blocks' matrix products in float8_e4m3 or in int8, both factors scaled by row.
 
-    Needs compute capability 8.9 (Ada) or newer, and a torch that has the product: one is tried.
-    Embedders, modulation, output layer and attention
-    stay in bfloat16.
+    float8_e4m3 where the GPU has it, from compute capability 8.9 (Ada) on, by torch; int8 on 8.0
+    to 8.8 (Ampere), by our kernel, or by torch where that is missing. Two products are tried first.
+    Embedders, modulation, output layer and attention stay in bfloat16.
     """
     cuda = place.device.type == "cuda"
     dtype = str(place.transformer.dtype).removeprefix("torch.")
-    if not has_float8(place.device):
+    eight_bit = eight_bit_of(place.device)
+    if eight_bit is None:
         where = torch.cuda.get_device_name(place.device) if cuda else f"device='{place.device}'"
-        reason = f"{where} has no 8-bit products (RTX 40, L4, H100 and newer have)"
+        reason = f"{where} has no 8-bit products (RTX 30, A100 and newer have)"
     elif cuda and place.transformer.dtype != torch.bfloat16:
         reason = "8-bit products need dtype='bfloat16'"
     else:
         try:
-            check_float8(place.device, place.transformer.dtype)
+            check_product(
+                eight_bit, settings.execution.kernels, place.device, place.transformer.dtype
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # this torch, or its CUDA, cannot do it on this GPU
@@ -145,7 +149,7 @@ def float8_linears(settings: Settings, place: Place) -> tuple[Settings, Notice]:
             detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             reason = f"8-bit products do not work here: {detail}"
         else:
-            return replace(settings, float8=True), None
+            return replace(settings, eight_bit=eight_bit), None
     return settings, f"runs in {dtype}, at its speed: {reason}"
 
 
@@ -164,10 +168,10 @@ LOSSLESS = (
 )
 LEVELS: dict[Acceleration, tuple[Step, ...]] = {
     "none": LOSSLESS,
-    "regular": (*LOSSLESS, Step(float8_linears, lossless=False)),
+    "regular": (*LOSSLESS, Step(eight_bit_linears, lossless=False)),
     "high": (
         *LOSSLESS,
-        Step(float8_linears, lossless=False),
+        Step(eight_bit_linears, lossless=False),
         Step(skip_steps, lossless=False),
     ),
 }
@@ -183,6 +187,11 @@ def settings_of(steps: tuple[Step, ...], place: Place) -> tuple[Settings, tuple[
     return settings, tuple(notices)
 
 
-def has_float8(device: torch.device) -> bool:
-    """Whether the device multiplies 8-bit floats."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def eight_bit_of(device: torch.device) -> torch.dtype | None:
+    """The numbers of 8 bits that the device multiplies faster than others; None for none."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 9):
+        return torch.float8_e4m3fn
+    return torch.int8 if capability >= (8, 0) else None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from krea_local import attention
 from krea_local.kernels import PLAIN, Kernels, Layout, Rows, part
 from krea_local.kernels.fallback import rows_of
-from krea_local.layers import Float8Linear, Linear, LowRank
+from krea_local.layers import EightBitLinear, Linear, LowRank
 from krea_local.packed import PackedLinear, Packing, packed_layers
 
 SINUSOIDS = 256
@@ -225,12 +225,16 @@ class _FinalLayer(nn.Module):
 
 
 class FluxTransformer(nn.Module):
-    """The transformer; its state dict has the original checkpoint's names and shapes."""
+    """The transformer; its state dict has the original checkpoint's names and shapes.
+
+    Attributes:
+        eight_bit: what its large layers multiply, float8_e4m3fn or int8; None for its own numbers.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.quantized = False
+        self.eight_bit: torch.dtype | None = None
         self._kernels = PLAIN
         width = config.hidden_size
         self.img_in = Linear(config.in_channels, width)
@@ -324,11 +328,14 @@ class FluxTransformer(nn.Module):
             for layer in (owner.get_submodule(name) for owner, name in self.large_layers())
         )
 
-    def in_float8(self, kernels: Kernels, device: torch.device) -> FluxTransformer:
-        """The same transformer with its large layers in 8-bit floats; all else is shared.
+    def in_eight_bit(
+        self, eight_bit: torch.dtype, kernels: Kernels, device: torch.device
+    ) -> FluxTransformer:
+        """The same transformer with its large layers in 8 bits; all else is shared.
 
         Args:
-            kernels: whose `quantize` to use.
+            eight_bit: float8_e4m3fn or int8.
+            kernels: who quantises, and multiplies integers.
             device: where to quantise; each layer stays where it is.
         """
         with torch.device("meta"):
@@ -338,8 +345,8 @@ class FluxTransformer(nn.Module):
         for (owner, name), (new_owner, _) in large:
             layer = owner.get_submodule(name)
             assert isinstance(layer, Linear)
-            setattr(new_owner, name, Float8Linear.of(layer, kernels.quantize, device))
-        other.quantized = True
+            setattr(new_owner, name, EightBitLinear.of(layer, eight_bit, kernels, device))
+        other.eight_bit = eight_bit
         return other.eval().requires_grad_(False)
 
     def condition(
@@ -419,13 +426,13 @@ class FluxTransformer(nn.Module):
         final = conditioning.final[step].unbind(1)
         norms = [(vectors[0], vectors[1]) for vectors in (*double, *single, final)]
         run = _Run(self, execution, layout, conditioning, totals=(conditioning.text, total))
-        h = ops.norm_modulate(x, *norms[0], text_rows=layout.text_rows, quantized=self.quantized)
+        h = ops.norm_modulate(x, *norms[0], text_rows=layout.text_rows, eight_bit=self.eight_bit)
         start = x[image].clone() if cache else x
         rest = None
         for i, block in enumerate((*self.double_blocks, *self.single_blocks)):
             last = i + 2 == len(norms)
             shift, scale = norms[i + 1]
-            after = (shift, scale, self.quantized and not last)
+            after = (shift, scale, None if last else self.eight_bit)
             with execution.streaming.block(i) if execution.streaming else nullcontext():
                 if i < len(double):
                     h = run.double(block, x, h, double[i], after)
@@ -464,8 +471,8 @@ class _Run:
         self.text_rows = layout.text_rows
         self.streams = (slice(0, layout.text_rows), slice(layout.text_rows, None))
         self.cos, self.sin = conditioning.cos, conditioning.sin
-        self.quantized = model.quantized
-        self.epilogue = execution.gelu_epilogue and not model.quantized
+        self.eight_bit = model.eight_bit
+        self.epilogue = execution.gelu_epilogue and model.eight_bit is None
 
     def double(
         self,
@@ -473,7 +480,7 @@ class _Run:
         x: Tensor,
         h: Rows,
         vectors: tuple[Tensor, ...],
-        after: tuple[Tensor, Tensor, bool],
+        after: tuple[Tensor, Tensor, torch.dtype | None],
     ) -> Rows:
         """A double block: text and image have weights of their own, and attend together.
 
@@ -482,7 +489,7 @@ class _Run:
             x: [R, D], the residual stream, changed in place.
             h: x, normed and modulated.
             vectors: [2, D] each: shift, scale, gate; shift, scale, gate.
-            after: shift and scale of the norm after this block, and whether in 8-bit floats.
+            after: shift and scale of the norm after this block, and its result's 8 bits, if any.
 
         Returns:
             x, normed and modulated for the next block.
@@ -493,12 +500,14 @@ class _Run:
         for attn, rows in zip(attns, self.streams, strict=True):
             attn.qkv.project(part(h, rows), out=qkv[rows])
         joined = self.attend(qkv, block.txt_attn.norm, block.img_attn.norm)
-        attended = self.ops.quantize(joined) if self.quantized else joined
+        attended: Rows = joined
+        if self.eight_bit is not None:
+            attended = self.ops.quantize(joined, eight_bit=self.eight_bit)
         y = torch.empty_like(x)
         for attn, rows in zip(attns, self.streams, strict=True):
             attn.proj.project(part(attended, rows), out=y[rows])
         h = self.ops.residual_norm_modulate(
-            x, y, gate, shift, scale, text_rows=self.text_rows, quantized=self.quantized
+            x, y, gate, shift, scale, text_rows=self.text_rows, eight_bit=self.eight_bit
         )
         hidden = x.new_empty(x.shape[0], 4 * x.shape[1])
         for mlp, rows in zip(mlps, self.streams, strict=True):
@@ -506,7 +515,7 @@ class _Run:
             project(part(h, rows), out=hidden[rows])
         active: Rows = hidden
         if not self.epilogue:
-            active = self.ops.gelu(hidden, quantized=self.quantized)
+            active = self.ops.gelu(hidden, eight_bit=self.eight_bit)
         for mlp, rows in zip(mlps, self.streams, strict=True):
             mlp[2].project(part(active, rows), out=y[rows])
         return self._close(x, y, mlp_gate, after)
@@ -517,7 +526,7 @@ class _Run:
         x: Tensor,
         h: Rows,
         vectors: tuple[Tensor, ...],
-        after: tuple[Tensor, Tensor, bool],
+        after: tuple[Tensor, Tensor, torch.dtype | None],
     ) -> Rows:
         """A single block: the same weights for text and image, attention beside the MLP.
 
@@ -528,7 +537,7 @@ class _Run:
         joined = self.attend(fused[:, : 3 * width], block.norm, block.norm)
         # Not in the product's epilogue: cuBLASLt would have to write beside attention's result, and
         # torch uses it for contiguous results only.
-        active = self.ops.gelu(fused[:, 3 * width :], joined, quantized=self.quantized)
+        active = self.ops.gelu(fused[:, 3 * width :], joined, eight_bit=self.eight_bit)
         y = block.linear2.project(active)
         return self._close(x, y, vectors[2], after)
 
@@ -552,11 +561,11 @@ class _Run:
         return rows_of(joined.flatten(2), self.layout)
 
     def _close(
-        self, x: Tensor, y: Tensor, gate: Tensor, after: tuple[Tensor, Tensor, bool]
+        self, x: Tensor, y: Tensor, gate: Tensor, after: tuple[Tensor, Tensor, torch.dtype | None]
     ) -> Rows:
-        shift, scale, quantized = after
+        shift, scale, eight_bit = after
         return self.ops.residual_norm_modulate(
-            x, y, gate, shift, scale, text_rows=self.text_rows, quantized=quantized
+            x, y, gate, shift, scale, text_rows=self.text_rows, eight_bit=eight_bit
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import krea_local
-from benchmarks import latency, load, lora, random_model
+from benchmarks import latency, load, lora, random_model, rounding
 from krea_local.packed import packed_layers, weight_bytes
 
 
@@ -47,6 +47,25 @@ def test_what_loras_cost_is_measured_level_by_level(
     assert results[1]["file_bytes"] > 1.5 * results[0]["file_bytes"]
     assert all(result["ratio"] > 0 for result in results)
     assert "rank 4" in capsys.readouterr().out
+
+
+def test_what_8_bits_round_depends_on_outliers(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--widths 128 --double 1 --single 1 --lengths 3072"
+    assert rounding.main(options.split()) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["errors"]
+    errors = {(line["what"], line["kind"]): line for line in found}
+    assert len(errors) == len(found) == 2 * 3
+    for line in found:  # the exponents of floats follow what is large
+        assert 0.03 < line["float8"] < 0.05
+        assert 0.002 < line["bfloat16"] < 0.01
+    for what in ("product", "forward"):
+        normal, outliers, balanced = (errors[what, kind]["int8"] for kind in rounding.KINDS)
+        assert 0.01 < normal < 0.015
+        assert normal < outliers < balanced
+    assert errors["product", "outliers"]["int8"] == pytest.approx(0.05, abs=0.005)
+    with pytest.raises(SystemExit):
+        rounding.main(["--widths", "100"])
+    assert "multiples of 128" in capsys.readouterr().err
 
 
 def test_the_cost_is_shown_for_a_gpu_next_to_the_hosted_apis() -> None:
@@ -132,7 +151,7 @@ def test_random_packed_weights_are_numbers_of_the_usual_size(
         assert 1e-3 < float(layer.weight.float().std()) < 0.2
     found = random_model.sizes_of(kind)
     assert found.blocks[0] == weight_bytes(krea.models.transformer.step_blocks()[0], 2)
-    assert found.float8 == (kind == "float8")
+    assert found.eight_bit == (kind == "float8")
     size = {"width": 64, "height": 64}
     assert krea.txt2img("a fox", image_size=size, num_inference_steps=1).images
 

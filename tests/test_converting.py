@@ -39,7 +39,7 @@ def test_it_draws_what_the_model_draws_at_regular(
     krea: Krea,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(speed, "has_float8", lambda device: True)
+    monkeypatch.setattr(speed, "eight_bit_of", lambda device: torch.float8_e4m3fn)
     source = None
     if fused:
         state = native(krea).transformer.state_dict()

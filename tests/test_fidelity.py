@@ -66,9 +66,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Run:
     files = ["--sheet", str(folder / "sheet.png"), "--output", str(folder / "results.jsonl")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "Skipping", functools.partial(Skipping, threshold=9.0))
-        before = speed.has_float8
-        done = run(folder, "--steps", "10", "--emulate-float8", *files, model=tiny_folder)
-        assert speed.has_float8 is before
+        before = speed.eight_bit_of
+        done = run(folder, "--steps", "10", "--emulate", "float8", *files, model=tiny_folder)
+        assert speed.eight_bit_of is before
     return done
 
 
@@ -87,7 +87,7 @@ def test_the_last_line_is_json_with_the_keys_of_the_latency_benchmark(whole: Run
     assert (result["device"], result["dtype"], result["offload"]) == ("cpu", "float32", "none")
     assert result["versions"]["torch"] == torch.__version__
     assert (result["prompts"], result["prompts_asked"], result["seeds"]) == (2, 2, 1)
-    assert result["emulated_float8"] is True
+    assert result["emulated"] == "float8"
     assert result["stopped"] is None
     engines = [level["engine"] for level in result["levels"]]
     assert engines == ["krea_local:none", "krea_local:regular", "krea_local:high"]
@@ -125,7 +125,7 @@ def test_every_lossy_step_of_every_level_is_known(whole: Run) -> None:
 
 def test_the_table_says_what_was_measured_and_why_not_all(whole: Run) -> None:
     for words in (
-        "cpu, 8-bit floats emulated",
+        "cpu, float8 emulated",
         "2 prompts x 1 seeds, 64x64, 10 steps",
         "30%",
         "PSNR, dB",
@@ -194,7 +194,7 @@ def test_where_a_level_cannot_run_pictures_are_equal_and_goals_are_not_judged(
     assert [level["acceleration"] for level in done.result["levels"]] == ["none", "regular"]
     assert (done.result["prompts"], done.result["prompts_asked"]) == (1, 1)
     regular = done.level("regular")
-    assert regular["left_out"] == ["float8_linears"]
+    assert regular["left_out"] == ["eight_bit_linears"]
     assert "no 8-bit products" in regular["notices"][0]
     psnr = regular["metrics"]["psnr"]  # infinite, which JSON cannot say
     assert (psnr["mean"], psnr["median"], psnr["worst"], psnr["worst_prompt"]) == (None,) * 4
@@ -330,7 +330,7 @@ def test_the_built_in_prompts_are_as_many_as_the_goals_want() -> None:
         (["--image-size", "big"], "should be WIDTHxHEIGHT or a preset"),
         (["--clip", "nowhere"], "no tokenizer.json or vocab.json"),
         (["--image-reward", "nowhere"], "no tokenizer.json or vocab.txt"),
-        (["--emulate-float8", "--device", "cuda"], "needs --device cpu"),
+        (["--emulate", "int8", "--device", "cuda"], "needs --device cpu"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(
@@ -633,7 +633,7 @@ def report(
     """The figures of `metric` at `level`."""
     both = shots(metric, "none", none) + shots(metric, level, own)
     plan = Plan(("none", level), 1, 64, 64, 28, (metric,))
-    steps = list(lossy or ("float8_linears", "skip_steps"))
+    steps = list(lossy or ("eight_bit_linears", "skip_steps"))
     found = fidelity.level_report(level, both, plan, steps)
     figures: dict[str, Any] = found["metrics"][metric.name]
     return figures
@@ -676,7 +676,7 @@ def test_the_worst_of_a_score_is_the_largest_loss() -> None:
 def test_a_goal_is_not_judged_where_it_means_nothing() -> None:
     found = report(LPIPS, [0], [0.01], "high", "skip_steps")
     assert found["goal"]["met"] is None
-    assert found["goal"]["not_judged"] == "float8_linears did not run"
+    assert found["goal"]["not_judged"] == "eight_bit_linears did not run"
     found = report(REWARD, [-0.2], [-0.1])
     assert found["goal"]["not_judged"] == "the mean of none is not above 0"
     found = report(LPIPS, [0], [math.nan])

@@ -131,7 +131,7 @@ def test_levels_in_8_bits_take_a_files_own_8_bit_floats(
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, file)
     files = {"device": "cpu", "dtype": "bfloat16", "progress": False, "transformer": file}
     model = krea_local.load(tiny_folder, **files).engine.transformer
-    half = model.in_float8(PLAIN, torch.device("cpu"))
+    half = model.in_eight_bit(torch.float8_e4m3fn, PLAIN, torch.device("cpu"))
     wanted = wanted if fused else to_original(wanted, table, width)
     seen = 0
     for owner, name in half.large_layers():
@@ -142,6 +142,15 @@ def test_levels_in_8_bits_take_a_files_own_8_bit_floats(
         assert torch.equal(found, exact), path  # in bfloat16 they were rounded, and are not now
         seen += 1
     assert seen > 4
+    # Integers are made of the floats, whatever scales those have.
+    integers = model.in_eight_bit(torch.int8, PLAIN, torch.device("cpu"))
+    for (owner, name), (other, _) in zip(
+        integers.large_layers(), model.large_layers(), strict=True
+    ):
+        layer, source = owner.get_submodule(name), other.get_submodule(name)
+        made = PLAIN.quantize(source.weight, eight_bit=torch.int8)
+        assert torch.equal(layer.weight, made.values)
+        assert torch.equal(layer.scale.t(), made.scale)
 
 
 @pytest.mark.parametrize("keep", [as_is, as_float8, as_scaled_fp8, as_rows])

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import krea_local
-from krea_local import reading
-from krea_local.kernels import distance
+from krea_local import kernels, reading
+from krea_local.kernels import PLAIN, Quantized, distance
+from krea_local.layers import check_product
 from krea_local.memory import pin
 from krea_local.sampling import latent_ids
-from krea_local.speed import LEVELS, Place, Settings, has_float8, settings_of
+from krea_local.speed import LEVELS, Place, Settings, eight_bit_of, settings_of
 from krea_local.transformer import Config, FluxTransformer
 
 pytestmark = pytest.mark.gpu
@@ -112,7 +113,8 @@ def test_every_level_runs_on_kernels_and_repeats_itself(
     settings = on_gpu.prepare(acceleration)
     assert settings.execution.kernels.name == "triton"
     assert settings.execution.gelu_epilogue
-    assert settings.float8 == (acceleration != "none" and has_float8(on_gpu.device))
+    wanted = None if acceleration == "none" else eight_bit_of(on_gpu.device)
+    assert settings.eight_bit == wanted
     for width, height in ((256, 256), (80, 208), (1024, 64)):
         arguments = {"image_size": {"width": width, "height": height}, "seed": 5}
         arguments |= {"num_inference_steps": 10, "acceleration": acceleration}
@@ -181,10 +183,12 @@ def test_a_step_at_true_width_is_as_exact_as_plain_torch(
     fast, notices = settings_of(LEVELS["none"], place)
     assert notices == ()
     assert distance(velocity(fast, wide, torch.bfloat16), exact) < 1.1 * plain
-    if has_float8(device):
-        rounded, _ = settings_of(LEVELS["regular"], place)
-        half = wide.in_float8(rounded.execution.kernels, device)
-        assert distance(velocity(rounded, half, torch.bfloat16), exact) < 0.08
+    native = {eight_bit_of(device)} - {None}
+    integers = {torch.int8} if torch.cuda.get_device_capability(device) >= (8, 0) else set()
+    for eight_bit in native | integers:  # the latter work on newer GPUs too
+        half = wide.in_eight_bit(eight_bit, fast.execution.kernels, device)
+        allowed = {torch.float8_e4m3fn: 0.08, torch.int8: 0.04}[eight_bit]
+        assert distance(velocity(fast, half, torch.bfloat16), exact) < allowed
 
 
 def test_running_out_of_memory_is_explained_and_survived(tiny_folder: Path) -> None:
@@ -290,10 +294,35 @@ def test_loras_draw_the_same_in_every_plan_and_leave_no_trace(
     for offload in ("model", "blocks"):
         made = krea_local.load(tiny_folder, offload=offload)
         assert made.txt2img("a fox", **arguments, loras=[file]).images[0].tobytes() == changed
-    if has_float8(on_gpu.device):
+    if eight_bit_of(on_gpu.device) is not None:
         levels = [
             on_gpu.txt2img("a fox", **arguments, acceleration="regular", loras=loras)
             for loras in ((), [file], ())
         ]
         first, second, third = (level.images[0].tobytes() for level in levels)
         assert first == third != second
+
+
+@pytest.mark.parametrize(("inner", "outputs"), [(3072, 9216), (3072, 3072), (15360, 3072)])
+@pytest.mark.parametrize("rows", [1, 17, 512, 1537, 4096])
+def test_products_of_integers_are_exact(rows: int, inner: int, outputs: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    ours = kernels.triton_kernels()
+    check_product(torch.int8, ours, device, torch.bfloat16)
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=device, generator=random)
+
+    # Scales of 1 and no bias: what is written is the sum, rounded once to float32.
+    x = Quantized(draw(rows + 3, inner)[3:], torch.ones(rows, 1, device=device))
+    weight = Quantized(draw(outputs, inner), torch.ones(outputs, 1, device=device))
+    bias = torch.zeros(outputs, device=device)
+    wide = torch.full((rows, outputs + 16), torch.nan, device=device)
+    ours.int8_product(x, weight, bias, out=wide[:, :outputs])
+    wanted = (x.values.double() @ weight.values.double().t()).float()
+    assert torch.equal(wide[:, :outputs], wanted)
+    assert wide[:, outputs:].isnan().all()
+    assert torch.equal(PLAIN.int8_product(x, weight, bias), wanted)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import krea_local
-from benchmarks.fidelity import emulated_float8
+from benchmarks.fidelity import EMULATED, emulated
 from krea_local import (
     InvalidRequest,
     UnsupportedModel,
@@ -432,10 +432,13 @@ def test_every_plan_draws_the_same(
     assert drawn(other) == drawn(krea)
 
 
-def test_levels_in_8_bits_hold_them_too(tiny_folder: Path, loras: dict[str, Path]) -> None:
+@pytest.mark.parametrize("eight_bit", EMULATED)
+def test_levels_in_8_bits_hold_them_too(
+    tiny_folder: Path, loras: dict[str, Path], eight_bit: str
+) -> None:
     krea = krea_local.load(tiny_folder, device="cpu", dtype="bfloat16")
     plain = drawn(krea)
-    with emulated_float8():
+    with emulated(eight_bit):
         quantized = drawn(krea, acceleration="regular")
         changed = drawn(krea, acceleration="regular", loras=[loras["all"]])
         assert len({plain, quantized, changed}) == 3
@@ -444,9 +447,10 @@ def test_levels_in_8_bits_hold_them_too(tiny_folder: Path, loras: dict[str, Path
     assert drawn(krea) == plain
 
 
-def test_8_bit_layers_quantise_the_sum() -> None:
+@pytest.mark.parametrize("eight_bit", EMULATED.values())
+def test_8_bit_layers_quantise_the_sum(eight_bit: torch.dtype) -> None:
     from krea_local.kernels import PLAIN
-    from krea_local.layers import Float8Linear
+    from krea_local.layers import EightBitLinear
 
     torch.manual_seed(2)
     layer = Linear(32, 48).requires_grad_(False)
@@ -455,9 +459,12 @@ def test_8_bit_layers_quantise_the_sum() -> None:
     changed.weight.copy_(low_rank.added_to(layer.weight))
     layer.low_rank = low_rank
     cpu = torch.device("cpu")
-    found, wanted = (Float8Linear.of(one, PLAIN.quantize, cpu) for one in (layer, changed))
+    found, wanted = (EightBitLinear.of(one, eight_bit, PLAIN, cpu) for one in (layer, changed))
+    assert found.weight.dtype == eight_bit
     assert torch.equal(found.weight.view(torch.uint8), wanted.weight.view(torch.uint8))
     assert torch.equal(found.scale, wanted.scale)
+    bare = EightBitLinear.of(Linear(32, 48).requires_grad_(False), eight_bit, PLAIN, cpu)
+    assert not torch.equal(found.scale, bare.scale)
 
 
 def test_plans_make_room(tiny_folder: Path, krea: Krea, loras: dict[str, Path]) -> None:

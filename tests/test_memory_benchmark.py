@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, A
     output = tmp_path_factory.mktemp("results") / "run.jsonl"
     options = [*SHORT, "--budgets", "4", "8", "16", "none", "--levels", "none", "high"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "has_float8", lambda device: True)  # emulated
+        patch.setattr(speed, "eight_bit_of", lambda device: torch.float8_e4m3fn)  # emulated
         code = memory.main([*options, "--output", str(output)], start=here)
     return code, [json.loads(line) for line in output.read_text().splitlines()]
 
@@ -64,7 +64,7 @@ def test_every_budget_is_measured_at_every_level_the_unlimited_first(
         assert not line["replanned"]
     assert ours[0]["computed_steps"] == 8
     assert ours[4]["computed_steps"] == 6  # the first 4 and the last 2 are always computed
-    assert ours[4]["settings"]["float8"]
+    assert ours[4]["settings"]["eight_bit"] == "float8_e4m3fn"
     assert [line["lossless"] for line in ours if "seconds" in line] == [True] * 3 + [False] * 3
 
 

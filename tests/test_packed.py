@@ -31,7 +31,7 @@ from krea_local.engine import Engine
 from krea_local.kernels import PLAIN, ggml
 from krea_local.kernels.fallback import AT_ONCE
 from krea_local.kernels.rows import CODES
-from krea_local.layers import Float8Linear, Linear
+from krea_local.layers import EightBitLinear, Linear
 from krea_local.packed import (
     PackedLinear,
     Packing,
@@ -44,6 +44,7 @@ from krea_local.plan import Plan, options
 from krea_local.tensor_names import pieces, to_diffusers
 
 CPU = torch.device("cpu")
+E4M3 = torch.float8_e4m3fn
 SIZE = {"width": 64, "height": 64}
 FLOAT8 = [as_float8, as_scaled_fp8, as_comfy_quant, as_rows]
 
@@ -219,12 +220,12 @@ def test_8_bit_floats_go_to_products_in_8_bits_as_they_are_in_the_same_memory(
     wide = native(load(tiny_folder, file, packed=False)).transformer
     assert packed.is_kept_in_float8
     assert not wide.is_kept_in_float8
-    ours, theirs = (one.in_float8(PLAIN, CPU) for one in (packed, wide))
+    ours, theirs = (one.in_eight_bit(E4M3, PLAIN, CPU) for one in (packed, wide))
     homes = {layer.parts[CODES].data_ptr() for layer in packed_of(packed).values()}
     for (owner, name), (other, _) in zip(ours.large_layers(), theirs.large_layers(), strict=True):
         one, two = owner.get_submodule(name), other.get_submodule(name)
-        assert isinstance(one, Float8Linear)
-        assert isinstance(two, Float8Linear)
+        assert isinstance(one, EightBitLinear)
+        assert isinstance(two, EightBitLinear)
         assert one.weight.data_ptr() in homes
         # Dividing by scales that are not powers of two, wide ones come back as they were.
         assert torch.equal(one.weight.float() * one.scale.T, two.weight.float() * two.scale.T)
@@ -235,13 +236,13 @@ def test_streamed_at_both_precisions_packed_blocks_have_one_home(
 ) -> None:
     from krea_local import speed
 
-    monkeypatch.setattr(speed, "has_float8", lambda device: True)
+    monkeypatch.setattr(speed, "eight_bit_of", lambda device: E4M3)
     for packed in (True, False):
         krea = load(tiny_folder, files / "flux.safetensors", packed=packed, offload="blocks")
         assert picture(krea, acceleration="regular") != picture(krea)
         streams = [
             native(krea)._stream(model)
-            for model in (native(krea).transformer, native(krea)._float8)
+            for model in (native(krea).transformer, native(krea)._eight_bit)
             if model is not None
         ]
         homes = [[home.data_ptr() for home in stream.homes] for stream in streams]
@@ -314,13 +315,13 @@ def test_sizes_of_packed_weights_are_those_that_are_loaded(
     assert found.modulation == total(*transformer.modulations())
     assert found.t5_blocks == tuple(total(block) for block in t5.encoder.block)
     assert found.t5 == total(t5)
-    assert found.float8 == (part == "transformer")
+    assert found.eight_bit == (part == "transformer")
     assert found.scratch > 0
     wide = loading.sizes(weights.find(tiny_folder), torch.bfloat16)
     assert found.numbers == wide.numbers
     assert sum(wide.blocks) == 2 * wide.numbers
     assert wide.scratch == 0
-    assert not wide.float8
+    assert not wide.eight_bit
 
 
 def test_nothing_is_packed_without_being_asked_where_there_is_no_plan(
@@ -379,6 +380,23 @@ def test_a_kernel_that_widens_wrongly_is_not_used(
     assert "slower than by Triton" in notice
     assert ("no such instruction" if fault == "fails" else "of kind float8") in notice
     model.use(right)
-    assert {layer.kernels.name for layer in packed_layers(model.in_float8(PLAIN, CPU))} == {
-        "triton"
-    }
+    assert {
+        layer.kernels.name for layer in packed_layers(model.in_eight_bit(E4M3, PLAIN, CPU))
+    } == {"triton"}
+
+
+def test_in_int8_packed_weights_are_rounded_as_wide_ones_are(
+    files: Path, tiny_folder: Path
+) -> None:
+    packed, wide = (
+        native(load(tiny_folder, files / "flux.safetensors", packed=packed)).transformer
+        for packed in (True, False)
+    )
+    ours, theirs = (one.in_eight_bit(torch.int8, PLAIN, CPU) for one in (packed, wide))
+    for (owner, name), (other, _) in zip(ours.large_layers(), theirs.large_layers(), strict=True):
+        one, two = owner.get_submodule(name), other.get_submodule(name)
+        assert isinstance(one, EightBitLinear)
+        assert isinstance(two, EightBitLinear)
+        assert one.weight.dtype == torch.int8
+        assert torch.equal(one.weight, two.weight)
+        assert torch.equal(one.scale, two.scale)

@@ -111,7 +111,7 @@ def test_in_8_bits_more_blocks_stay() -> None:
 
 def test_blocks_in_8_bits_are_counted_beside_the_others_where_all_stay() -> None:
     assert choose(FLUX1, 40 * GIB).offload == "none"
-    both = choose(FLUX1, 40 * GIB, float8=True)
+    both = choose(FLUX1, 40 * GIB, eight_bit=True)
     assert both.offload == "modulation"
     assert both.peak - choose(FLUX1, 30 * GIB).peak == sum(FLUX1.blocks) // 2
 
@@ -306,7 +306,7 @@ def halved(sizes: Sizes) -> Sizes:
     """The same model from a file of 8-bit floats."""
     blocks = tuple(size // 2 for size in sizes.blocks)
     return replace(
-        sizes, blocks=blocks, modulation=sizes.modulation // 2, scratch=GIB // 4, float8=True
+        sizes, blocks=blocks, modulation=sizes.modulation // 2, scratch=GIB // 4, eight_bit=True
     )
 
 
@@ -335,11 +335,13 @@ def test_weights_stay_packed_where_wide_ones_would_have_to_visit(
 
 
 def test_levels_in_8_bits_take_a_files_own_and_need_no_others() -> None:
-    plan = choose(FLUX1, 40 * GIB, packed=halved(FLUX1), float8=True)
+    plan = choose(FLUX1, 40 * GIB, packed=halved(FLUX1), eight_bit=True)
     assert plan.packed
-    assert plan == replace(choose(FLUX1, 40 * GIB, packed=halved(FLUX1), always=True), float8=True)
-    other = replace(halved(FLUX1), float8=False)  # of 8 bits, but no floats
-    beside = choose(FLUX1, 40 * GIB, packed=other, float8=True)
+    assert plan == replace(
+        choose(FLUX1, 40 * GIB, packed=halved(FLUX1), always=True), eight_bit=True
+    )
+    other = replace(halved(FLUX1), eight_bit=False)  # of 8 bits, but no floats
+    beside = choose(FLUX1, 40 * GIB, packed=other, eight_bit=True)
     assert beside.peak - plan.peak == FLUX1.numbers
 
 
@@ -352,7 +354,7 @@ def test_a_plan_takes_no_more_host_memory_than_there_is(
     budget: int, host: int, float8: bool
 ) -> None:
     try:
-        plan = choose(FLUX1, budget, packed=halved(FLUX1), host=host, float8=float8)
+        plan = choose(FLUX1, budget, packed=halved(FLUX1), host=host, eight_bit=float8)
     except OutOfMemory as error:
         needed = re.search(r"host memory, which takes ([\d.]+) GiB and has", str(error))
         assert needed

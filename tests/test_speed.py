@@ -40,10 +40,14 @@ def fresh(tiny_folder: Path) -> Krea:
     return krea_local.load(tiny_folder, device="cpu", dtype="float32")
 
 
-@pytest.fixture
-def float8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU emulates 8-bit products, as if it had them."""
-    monkeypatch.setattr(speed, "has_float8", lambda device: True)
+FORMATS = [torch.float8_e4m3fn, torch.int8]
+
+
+@pytest.fixture(params=FORMATS)
+def eight_bit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The CPU emulates these 8-bit products, as if it had them."""
+    monkeypatch.setattr(speed, "eight_bit_of", lambda device: request.param)
+    return request.param
 
 
 def latents(krea: Krea, seeds: list[int], **arguments: Any) -> torch.Tensor:
@@ -74,60 +78,133 @@ def test_the_cpu_runs_what_it_can_and_says_what_it_cannot(krea: Krea) -> None:
     settings, notices = speed.settings_of(LEVELS["high"], place)
     assert settings == Settings(skipping=Skipping())
     assert notices == (
-        "runs in float32, at its speed: device='cpu' has no 8-bit products (RTX 40, L4, H100 and "
-        "newer have)",
+        "runs in float32, at its speed: device='cpu' has no 8-bit products (RTX 30, A100 and newer "
+        "have)",
     )
 
 
-def test_a_gpu_that_cannot_multiply_8_bit_floats_is_named(
-    krea: Krea, krea_bfloat16: Krea, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capability", "eight_bit"),
+    [
+        *[((7, 5), None), ((8, 0), torch.int8), ((8, 6), torch.int8), ((8, 7), torch.int8)],
+        *[(new, torch.float8_e4m3fn) for new in ((8, 9), (9, 0), (10, 0), (12, 0))],
+    ],
+)
+def test_a_gpu_multiplies_the_8_bits_that_it_has(
+    krea_bfloat16: Krea,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    eight_bit: torch.dtype | None,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this GPU")
+    checked = []
+    monkeypatch.setattr(speed, "check_product", lambda *arguments: checked.append(arguments))
+    cuda = torch.device("cuda", 0)
+    place = speed.Place(cuda, krea_bfloat16.models.transformer)
+    settings, notice = speed.eight_bit_linears(Settings(), place)
+    assert settings == Settings(eight_bit=eight_bit)
+    if eight_bit is None:
+        assert notice == (
+            "runs in bfloat16, at its speed: this GPU has no 8-bit products (RTX 30, A100 and "
+            "newer have)"
+        )
+        assert checked == []
+    else:
+        assert notice is None
+        assert checked == [(eight_bit, PLAIN, cuda, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9)])
+def test_a_gpu_whose_8_bit_products_do_not_work_says_so_and_runs(
+    krea: Krea,
+    krea_bfloat16: Krea,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     place = speed.Place(torch.device("cuda", 0), krea.models.transformer)
-    settings, notice = speed.float8_linears(Settings(), place)
-    assert not settings.float8
-    assert notice is not None
-    assert "RTX 3090 has no 8-bit products" in notice
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    settings, notice = speed.float8_linears(Settings(), place)
-    assert (settings.float8, notice) == (
-        False,
+    settings, notice = speed.eight_bit_linears(Settings(), place)
+    assert (settings.eight_bit, notice) == (
+        None,
         "runs in float32, at its speed: 8-bit products need dtype='bfloat16'",
     )
     # It should, by its number, and cannot: this torch has no such GPU at all.
     place = speed.Place(place.device, krea_bfloat16.models.transformer)
-    settings, notice = speed.float8_linears(Settings(), place)
-    assert not settings.float8
+    settings, notice = speed.eight_bit_linears(Settings(), place)
+    assert settings.eight_bit is None
     assert notice is not None
     assert notice.startswith("runs in bfloat16, at its speed: 8-bit products do not work here: ")
-    monkeypatch.setattr(speed, "check_float8", lambda *arguments: None)
-    assert speed.float8_linears(Settings(), place)[0].float8
 
 
-def test_an_8_bit_product_is_checked_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers.check_float8(CPU, torch.float32)
-    project = layers.Float8Linear.project
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_8_bit_product_is_checked_before_use(
+    monkeypatch: pytest.MonkeyPatch, format: torch.dtype
+) -> None:
+    layers.check_product(format, PLAIN, CPU, torch.float32)
+    project = layers.EightBitLinear.project
     monkeypatch.setattr(
-        layers.Float8Linear,
+        layers.EightBitLinear,
         "project",
         lambda self, x, out: project(self, x, out).mul_(1.1),
     )
     with pytest.raises(ValueError, match="the product differs by"):
-        layers.check_float8(CPU, torch.float32)
+        layers.check_product(format, PLAIN, CPU, torch.float32)
 
 
-@pytest.mark.usefixtures("float8")
-def test_regular_runs_in_8_bit_floats_and_none_stays_exact(fresh: Krea, krea: Krea) -> None:
+@pytest.mark.parametrize("small", [False, True])
+def test_a_kernel_that_is_wrong_at_one_size_of_product_is_found(small: bool) -> None:
+    def wrong(x: kernels.Quantized, *arguments: Any, **named: Any) -> torch.Tensor:
+        result = PLAIN.int8_product(x, *arguments, **named)
+        return result.mul_(torch.nan) if (len(x.values) < 100) == small else result
+
+    with pytest.raises(ValueError, match="the product differs by nan"):
+        layers.check_product(
+            torch.int8, dataclasses.replace(PLAIN, int8_product=wrong), CPU, torch.bfloat16
+        )
+
+
+def test_the_kernel_of_integers_is_right_at_both_sizes_of_product() -> None:
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers.check_product(torch.int8, kernels.triton_kernels(), device, torch.bfloat16)
+
+
+def test_regular_runs_in_8_bits_and_none_stays_exact(
+    fresh: Krea, krea: Krea, eight_bit: torch.dtype
+) -> None:
     exact = latents(fresh, [1])
     rounded = latents(fresh, [1], acceleration="regular")
-    assert 1e-4 < distance(rounded, exact) < 0.1
+    assert fresh.prepare("regular").eight_bit == eight_bit
+    assert fresh.engine._eight_bit.double_blocks[0].img_attn.qkv.weight.dtype == eight_bit
+    assert 1e-4 < distance(rounded, exact) < {FORMATS[0]: 0.1, FORMATS[1]: 0.03}[eight_bit]
     assert torch.equal(rounded, latents(fresh, [1], acceleration="regular"))
     assert torch.equal(exact, latents(fresh, [1]))
     assert torch.equal(exact, latents(krea, [1]))
 
 
-@pytest.mark.usefixtures("float8")
+@pytest.mark.usefixtures("eight_bit")
+def test_a_plan_counts_the_weights_in_8_bits(tiny_folder: Path) -> None:
+    for level in ("none", "regular"):
+        files = {"device": "cpu", "dtype": "bfloat16", "memory": "40GB", "acceleration": level}
+        made = krea_local.load(tiny_folder, **files).plan
+        assert made is not None
+        assert made.eight_bit == (level != "none")
+
+
+def test_the_weights_of_one_format_make_room_for_those_of_another(fresh: Krea) -> None:
+    found = {}
+    for eight_bit in (*FORMATS, FORMATS[0]):
+        fresh.engine.settings["regular"] = Settings(eight_bit=eight_bit)
+        drawn = latents(fresh, [1], acceleration="regular")
+        assert torch.equal(drawn, found.setdefault(eight_bit, drawn))
+        variant = fresh.engine._eight_bit
+        assert variant is not None
+        assert variant.eight_bit == eight_bit
+    assert not torch.equal(found[FORMATS[0]], found[FORMATS[1]])
+
+
+@pytest.mark.usefixtures("eight_bit")
 @pytest.mark.parametrize("offload", ["modulation", "model", "blocks"])
 def test_offloading_draws_the_same_at_every_level(
     tiny_folder: Path, fresh: Krea, offload: str
@@ -144,7 +221,7 @@ def test_offloaded_weights_are_all_there_when_they_are_needed(
 ) -> None:
     # The meta device stands in for a GPU: a tensor left behind on the CPU would be an error.
     krea = krea_local.load(tiny_folder, device="cpu", dtype="float32", offload=offload)
-    krea.device = krea.engine.device = torch.device("meta")
+    krea.device = krea.engine.device = krea._placing.device = torch.device("meta")
     for stream in krea.engine._streams.values():
         stream.device = krea.device
     krea.encode_prompt = lambda prompt: (  # type: ignore[method-assign]
@@ -172,7 +249,7 @@ def test_a_level_is_chosen_once(fresh: Krea, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 1
 
 
-@pytest.mark.usefixtures("float8")
+@pytest.mark.usefixtures("eight_bit")
 def test_high_skips_steps_by_a_pattern(fresh: Krea, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = []
     fresh.prepare("high")
@@ -192,7 +269,7 @@ def test_high_skips_steps_by_a_pattern(fresh: Krea, monkeypatch: pytest.MonkeyPa
     assert 0 < distance(skipped, full) < 0.3
 
 
-@pytest.mark.usefixtures("float8")
+@pytest.mark.usefixtures("eight_bit")
 def test_a_call_that_is_aborted_does_not_touch_the_next(fresh: Krea) -> None:
     arguments = {"image_size": SMALL, "num_inference_steps": 12, "acceleration": "high"}
 
@@ -257,7 +334,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.usefixtures("float8")
+@pytest.mark.usefixtures("eight_bit")
 @pytest.mark.parametrize(
     ("acceleration", "skipping", "waits"),
     [
@@ -282,20 +359,20 @@ def broken(*arguments: Any, **named: Any) -> Any:
     raise RuntimeError("PassManager::run failed\nand a long trace")
 
 
-@pytest.mark.usefixtures("float8")
-def test_8_bit_floats_that_fail_in_use_go_before_the_kernels_do(
+@pytest.mark.usefixtures("eight_bit")
+def test_8_bit_products_that_fail_in_use_go_before_the_kernels_do(
     fresh: Krea, krea: Krea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = dataclasses.replace(PLAIN, name="triton")
     settings = fresh.prepare("regular")
-    monkeypatch.setattr(layers.Float8Linear, "project", broken)
+    monkeypatch.setattr(layers.EightBitLinear, "project", broken)
     fast = Execution(kernels=same)
     fresh.engine.settings["regular"] = dataclasses.replace(settings, execution=fast)
     arguments = {"image_size": SMALL, "num_inference_steps": 2, "seed": 1}
-    with pytest.warns(KreaWarning, match="runs without 8-bit floats from now on, slower: Pass"):
+    with pytest.warns(KreaWarning, match="runs without 8-bit products from now on, slower: Pass"):
         drawn = fresh.txt2img("a fox", acceleration="regular", **arguments)
     assert fresh.engine.settings["regular"] == Settings(fast)
-    assert fresh.engine._float8 is None  # 8 GiB that nobody needs
+    assert fresh.engine._eight_bit is None  # 8 GiB that nobody needs
     assert drawn.images[0].tobytes() == krea.txt2img("a fox", **arguments).images[0].tobytes()
 
 
@@ -344,7 +421,7 @@ def test_an_interrupted_choice_of_kernels_is_made_again(
     assert fresh.prepare("high").skipping == Skipping()
 
 
-@pytest.mark.usefixtures("float8")
+@pytest.mark.usefixtures("eight_bit")
 @pytest.mark.parametrize("level", ["none", "regular", "high"])
 def test_a_kernel_that_fails_in_use_costs_speed_and_not_the_picture(
     fresh: Krea, krea: Krea, level: str, caplog: pytest.LogCaptureFixture

@@ -234,6 +234,8 @@ def test_mixed_dtypes_and_buffers_keep_their_bits() -> None:
     block.register_parameter("a", nn.Parameter(torch.randn(3, 5).bfloat16()))
     eighths = torch.randn(7, 3).to(torch.float8_e4m3fn)
     block.register_parameter("b", nn.Parameter(eighths, requires_grad=False))
+    integers = torch.arange(-128, 127, dtype=torch.int8)
+    block.register_parameter("d", nn.Parameter(integers, requires_grad=False))
     block.register_buffer("c", torch.arange(3))
     wanted = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     stream = BlockStream([[block]], CPU)

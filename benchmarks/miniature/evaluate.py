@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.fidelity import emulated_float8, lossy_steps, recorded_caches
+from benchmarks.fidelity import EMULATED, emulated, lossy_steps, recorded_caches
 from benchmarks.latency import device_name
 from benchmarks.metrics import psnr
 from benchmarks.miniature import chart, scenes
@@ -175,7 +175,7 @@ class Bench:
         return rows
 
     def levels(self) -> list[Row]:
-        """Acceleration against `none`, with 8-bit floats emulated where that was asked for."""
+        """Acceleration against `none`, with 8 bits emulated where that was asked for."""
         levels: tuple[Acceleration, ...] = ("none", "regular", "high")
         return [
             self._against_none(level, steps, f"{level} at {steps} steps")
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument(
-        "--emulate-float8", action="store_true", help="8-bit floats on the CPU, for `levels`"
+        "--emulate", choices=list(EMULATED), help="these 8 bits on the CPU, for `levels`"
     )
     parser.add_argument(
         "--output",
@@ -357,8 +357,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     krea = load(options.model, dtype=options.dtype, progress=False)
-    if options.emulate_float8 and krea.device.type != "cpu":
-        raise InvalidRequest("--emulate-float8: is for a CPU; a GPU runs what it can")
+    if options.emulate and krea.device.type != "cpu":
+        raise InvalidRequest("--emulate: is for a CPU; a GPU runs what it can")
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "model": krea.label,
@@ -366,7 +366,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "device": device_name(krea.device),
         "dtype": str(krea.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "emulated_float8": options.emulate_float8,
+        "emulated": options.emulate,
         "versions": versions(),
         "parts": {},
     }
@@ -374,12 +374,12 @@ def evaluate(options: argparse.Namespace) -> None:
         earlier = json.loads(options.output.read_text(encoding="utf-8"))
         if all(earlier[key] == result[key] for key in SAME):
             result["parts"] = earlier["parts"]
-            result["emulated_float8"] |= earlier["emulated_float8"]
+            result["emulated"] = options.emulate or earlier["emulated"]
     bench = Bench(krea, options.count)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore", KreaWarning)
-        if options.emulate_float8:
-            stack.enter_context(emulated_float8())
+        if options.emulate:
+            stack.enter_context(emulated(options.emulate))
         for name in options.parts:
             rows = PARTS[name](bench)
             result["parts"][name] = rows

@@ -38,7 +38,8 @@ class Kernels:
     residual_norm_modulate: Callable[..., Rows]
     qk_norm_rotary: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gelu: Callable[..., Rows]
-    quantize: Callable[[Tensor], Quantized]
+    quantize: Callable[..., Quantized]
+    int8_product: Callable[..., Tensor]
     widen: Callable[..., Tensor]
 
 
@@ -49,6 +50,7 @@ PLAIN = Kernels(
     qk_norm_rotary=fallback.qk_norm_rotary,
     gelu=fallback.gelu,
     quantize=fallback.quantize,
+    int8_product=fallback.int8_product,
     widen=fallback.widen,
 )
 
@@ -59,7 +61,7 @@ def choose(
     *,
     heads: int,
     head_dim: int,
-    quantized: bool = False,
+    eight_bit: torch.dtype | None = None,
     compiled: bool = False,
 ) -> tuple[Kernels, str | None]:
     """The fastest operations that are right on `device`, and why they are plain torch's, if so.
@@ -69,14 +71,14 @@ def choose(
         dtype: of the activations.
         heads: attention heads of the model.
         head_dim: numbers a head.
-        quantized: check the variants with 8-bit floats too.
+        eight_bit: check the variants that quantise to this too.
         compiled: have torch.compile make them, on any device, instead of Triton's own.
     """
     if device.type != "cuda" and not compiled:
         return PLAIN, None
     try:
         kernels = compiled_kernels() if compiled else triton_kernels()
-        check(kernels, device, dtype, heads=heads, head_dim=head_dim, quantized=quantized)
+        check(kernels, device, dtype, heads=heads, head_dim=head_dim, eight_bit=eight_bit)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing compiler, a GPU that Triton does not know, ...
@@ -93,7 +95,7 @@ def triton_kernels() -> Kernels:
     Raises:
         ImportError: no Triton here.
     """
-    from krea_local.kernels import gelu, norm_modulate, qk_norm_rotary, widen
+    from krea_local.kernels import gelu, int8_product, norm_modulate, qk_norm_rotary, widen
 
     return Kernels(
         name="triton",
@@ -102,6 +104,7 @@ def triton_kernels() -> Kernels:
         qk_norm_rotary=qk_norm_rotary.qk_norm_rotary,
         gelu=gelu.gelu,
         quantize=gelu.quantize,
+        int8_product=int8_product.int8_product,
         widen=widen.widen,
     )
 
@@ -124,9 +127,12 @@ def check(
     *,
     heads: int,
     head_dim: int,
-    quantized: bool,
+    eight_bit: torch.dtype | None,
 ) -> None:
     """Run every operation once at the model's width, against plain torch; this compiles them too.
+
+    All but the product of integers, which `layers.check_product` tries: without it, or with another
+    one, the others are as good.
 
     Raises:
         ValueError: a result differs by more than rounding.
@@ -160,23 +166,22 @@ def check(
             ops.gelu(fused[:, 3 * width :]),
             ops.gelu(fused[:, 3 * width :], x),
         ]
-        if quantized:
-            moved = x.clone()
+        if eight_bit is not None:
+            moved, to = x.clone(), {"eight_bit": eight_bit}
             found += [
-                ops.quantize(x),  # attention's result, and weights of every width
-                ops.quantize(fused[:, : 4 * width].contiguous()),
-                ops.quantize(fused[:, : 5 * width].contiguous()),
-                ops.norm_modulate(x, shift, scale, text_rows=6, quantized=True),
-                ops.residual_norm_modulate(
-                    moved, y, gate, shift, scale, text_rows=6, quantized=True
-                ),
-                ops.gelu(fused[:, 3 * width :], quantized=True),
-                ops.gelu(fused[:, 3 * width :], x, quantized=True),
+                ops.quantize(x, **to),  # attention's result, and weights of every width
+                ops.quantize(fused[:, : 4 * width].contiguous(), **to),
+                ops.quantize(fused[:, : 5 * width].contiguous(), **to),
+                ops.norm_modulate(x, shift, scale, text_rows=6, **to),
+                ops.residual_norm_modulate(moved, y, gate, shift, scale, text_rows=6, **to),
+                ops.gelu(fused[:, 3 * width :], **to),
+                ops.gelu(fused[:, 3 * width :], x, **to),
             ]
         return found
 
     for i, (ours, wanted) in enumerate(zip(results(kernels), results(PLAIN), strict=True)):
-        # 8-bit floats have 3 bits of fraction: another rounding now and then moves one by 1 / 8.
+        # 8-bit floats have 3 bits of fraction: another rounding now and then moves one by 1 / 8,
+        # and an integer by 1 / 127 of the row's largest.
         allowed = 1e-2 if isinstance(wanted, Quantized) or dtype != torch.float32 else 1e-4
         error = distance(ours, wanted)
         if not error <= allowed:  # also where it is NaN

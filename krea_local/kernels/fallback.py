@@ -13,8 +13,8 @@ from krea_local.kernels import ggml
 from krea_local.kernels.rows import (
     CODES,
     EPS,
-    FLOAT8,
-    FLOAT8_MAX,
+    INT8,
+    LARGEST,
     SMALLEST_SCALE,
     TABLE,
     Layout,
@@ -26,18 +26,54 @@ from krea_local.kernels.rows import (
 AT_ONCE = 2**23  # numbers that are widened at a time
 
 
-def quantize(x: Tensor) -> Quantized:
-    """Each row of x [R, K] as 8-bit floats, its largest number at their end."""
-    number = x.float()
-    scale = (number.abs().amax(dim=1, keepdim=True) / FLOAT8_MAX).clamp(min=SMALLEST_SCALE)
-    out = Quantized.empty(x.shape[0], x.shape[1], x.device)
+def quantize(x: Tensor, *, eight_bit: torch.dtype) -> Quantized:
+    """Each row of x [R, K] in 8 bits, its largest number at their end.
+
+    Args:
+        x: [R, K].
+        eight_bit: float8_e4m3fn or int8; either is rounded to the nearest, halves to even.
+    """
+    number, largest = x.float(), LARGEST[eight_bit]
+    scale = (number.abs().amax(dim=1, keepdim=True) / largest).clamp(min=SMALLEST_SCALE)
+    out = Quantized.empty(x.shape[0], x.shape[1], eight_bit, x.device)
     out.scale.copy_(scale)
-    out.values.copy_((number / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8))
+    number = number / scale
+    if eight_bit == INT8:
+        number = number.round()
+    out.values.copy_(number.clamp(-largest, largest).to(eight_bit))
     return out
 
 
+def int8_product(
+    x: Quantized, weight: Quantized, bias: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """x · weightᵀ + bias, of integers: their sum is exact, and the result rounded once.
+
+    Args:
+        x: int8 [R, K].
+        weight: int8 [N, K].
+        bias: [N], in the precision of the result.
+        out: [R, N], into which the result is written: some rows or columns of a matrix.
+    """
+    total = _exact_product(x.values, weight.values).float()
+    result = total.mul_(x.scale).mul_(weight.scale.t()).add_(bias.float()).to(bias.dtype)
+    return result if out is None else out.copy_(result)
+
+
+def _exact_product(x: Tensor, weight: Tensor) -> Tensor:
+    """int8 [R, K] and [N, K] → int32 [R, N]."""
+    rows, inner = x.shape
+    if x.is_cuda and rows > 16 and inner % 8 == 0 and weight.shape[0] % 8 == 0:
+        return torch._int_mm(x, weight.t())
+    # On many CPUs that product is a plain loop. 1024 · 127² fits into the 24 bits of float32.
+    total = torch.zeros(rows, weight.shape[0], dtype=torch.int32, device=x.device)
+    for a, b in zip(x.split(1024, dim=1), weight.split(1024, dim=1), strict=True):
+        total += (a.float() @ b.float().t()).int()
+    return total
+
+
 def norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, *, text_rows: int, quantized: bool = False
+    x: Tensor, shift: Tensor, scale: Tensor, *, text_rows: int, eight_bit: torch.dtype | None = None
 ) -> Rows:
     """LayerNorm without weights, then `* (1 + scale) + shift`.
 
@@ -46,13 +82,13 @@ def norm_modulate(
         shift: [2, D], for the rows of text and for those of the image.
         scale: [2, D], likewise.
         text_rows: how many rows are text; they come first.
-        quantized: return 8-bit floats.
+        eight_bit: return the rows quantised to float8_e4m3fn or int8; None for as x is.
     """
     normed = F.layer_norm(x.float(), (x.shape[1],), eps=EPS)
     out = torch.empty_like(normed)
     for stream, rows in enumerate((slice(0, text_rows), slice(text_rows, None))):
         out[rows] = normed[rows] * (1 + scale[stream].float()) + shift[stream].float()
-    return quantize(out) if quantized else out.to(x.dtype)
+    return out.to(x.dtype) if eight_bit is None else quantize(out, eight_bit=eight_bit)
 
 
 def residual_norm_modulate(
@@ -63,7 +99,7 @@ def residual_norm_modulate(
     scale: Tensor,
     *,
     text_rows: int,
-    quantized: bool = False,
+    eight_bit: torch.dtype | None = None,
 ) -> Rows:
     """`x += gate * y` in place, then `norm_modulate` of the sum.
 
@@ -74,12 +110,12 @@ def residual_norm_modulate(
         shift: as for `norm_modulate`.
         scale: likewise.
         text_rows: likewise.
-        quantized: likewise.
+        eight_bit: likewise.
     """
     for stream, rows in enumerate((slice(0, text_rows), slice(text_rows, None))):
         moved = x[rows].float() + gate[stream].float() * y[rows].float()
         x[rows] = moved.to(x.dtype)
-    return norm_modulate(x, shift, scale, text_rows=text_rows, quantized=quantized)
+    return norm_modulate(x, shift, scale, text_rows=text_rows, eight_bit=eight_bit)
 
 
 def qk_norm_rotary(
@@ -139,12 +175,12 @@ def rows_of(joined: Tensor, layout: Layout) -> Tensor:
     )
 
 
-def gelu(x: Tensor, before: Tensor | None = None, *, quantized: bool = False) -> Rows:
+def gelu(x: Tensor, before: Tensor | None = None, *, eight_bit: torch.dtype | None = None) -> Rows:
     """GELU (tanh) of x [R, F], after the columns `before` [R, D] if given: [R, D + F]."""
     out = F.gelu(x.float(), approximate="tanh")
     if before is not None:
         out = torch.cat((before.float(), out), dim=1)
-    return quantize(out) if quantized else out.to(x.dtype)
+    return out.to(x.dtype) if eight_bit is None else quantize(out, eight_bit=eight_bit)
 
 
 def widen(kind: str, parts: Parts, out: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from krea_local.kernels.rows import FLOAT8_MAX, SMALLEST_SCALE, Quantized, Rows
+from krea_local.kernels.rounding import rounded
+from krea_local.kernels.rows import LARGEST, SMALLEST_SCALE, Quantized, Rows
 
 NUMBERS_A_THREAD = 16
 
@@ -48,38 +49,44 @@ def _kernel(
         if quantized:
             size = tl.maximum(tl.max(tl.abs(first), axis=0), tl.max(tl.abs(number), axis=0))
             size = tl.maximum(size / largest, smallest_scale)
-            first = tl.minimum(tl.maximum(first / size, -largest), largest)
-        tl.store(target + early, first.to(out.dtype.element_ty), mask=early_inside)
+            first = rounded(first, size, largest, out.dtype.element_ty)
+        else:
+            first = first.to(out.dtype.element_ty)
+        tl.store(target + early, first, mask=early_inside)
     elif quantized:
         size = tl.maximum(tl.max(tl.abs(number), axis=0) / largest, smallest_scale)
     if quantized:
         tl.store(out_scale + row, size)
-        number = tl.minimum(tl.maximum(number / size, -largest), largest)
-    tl.store(target + before_width + column, number.to(out.dtype.element_ty), mask=inside)
+        number = rounded(number, size, largest, out.dtype.element_ty)
+    else:
+        number = number.to(out.dtype.element_ty)
+    tl.store(target + before_width + column, number, mask=inside)
 
 
-def gelu(x: Tensor, before: Tensor | None = None, *, quantized: bool = False) -> Rows:
+def gelu(x: Tensor, before: Tensor | None = None, *, eight_bit: torch.dtype | None = None) -> Rows:
     """As `fallback.gelu`."""
-    return _launch(x, before, activate=True, quantized=quantized)
+    return _launch(x, before, activate=True, eight_bit=eight_bit)
 
 
-def quantize(x: Tensor) -> Quantized:
+def quantize(x: Tensor, *, eight_bit: torch.dtype) -> Quantized:
     """As `fallback.quantize`."""
-    out = _launch(x, None, activate=False, quantized=True)
+    out = _launch(x, None, activate=False, eight_bit=eight_bit)
     assert isinstance(out, Quantized)
     return out
 
 
-def _launch(x: Tensor, before: Tensor | None, *, activate: bool, quantized: bool) -> Rows:
+def _launch(
+    x: Tensor, before: Tensor | None, *, activate: bool, eight_bit: torch.dtype | None
+) -> Rows:
     rows, width = x.shape
     early = 0 if before is None else before.shape[1]
     assert x.stride(1) == 1
     assert before is None or before.stride(1) == 1
     out: Rows
-    if quantized:
-        out = Quantized.empty(rows, early + width, x.device)
-    else:
+    if eight_bit is None:
         out = torch.empty(rows, early + width, dtype=x.dtype, device=x.device)
+    else:
+        out = Quantized.empty(rows, early + width, eight_bit, x.device)
     values, out_scale = out if isinstance(out, Quantized) else (out, out)
     block = triton.next_power_of_2(width)
     _kernel[(rows,)](
@@ -94,8 +101,8 @@ def _launch(x: Tensor, before: Tensor | None, *, activate: bool, quantized: bool
         before_block=triton.next_power_of_2(max(early, 1)),
         block=block,
         activate=activate,
-        quantized=quantized,
-        largest=FLOAT8_MAX,
+        quantized=eight_bit is not None,
+        largest=0.0 if eight_bit is None else LARGEST[eight_bit],
         smallest_scale=SMALLEST_SCALE,
         num_warps=min(16, max(1, block // (32 * NUMBERS_A_THREAD))),
     )

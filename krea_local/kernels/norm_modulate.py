@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from krea_local.kernels.rows import EPS, FLOAT8_MAX, SMALLEST_SCALE, Quantized, Rows
+from krea_local.kernels.rounding import rounded
+from krea_local.kernels.rows import EPS, LARGEST, SMALLEST_SCALE, Quantized, Rows
 
 NUMBERS_A_THREAD = 16
 
@@ -45,9 +46,9 @@ def _kernel(
         added = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
         by = tl.load(gate + stream * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
         # What is normalised is what is stored: rounded.
-        rounded = (number + by * added).to(x.dtype.element_ty)
-        tl.store(x + row * width + column, rounded, mask=inside)
-        number = rounded.to(tl.float32)
+        moved = (number + by * added).to(x.dtype.element_ty)
+        tl.store(x + row * width + column, moved, mask=inside)
+        number = moved.to(tl.float32)
     mean = tl.sum(number, axis=0) / width
     centred = tl.where(inside, number - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / width
@@ -58,15 +59,17 @@ def _kernel(
     if quantized:
         size = tl.maximum(tl.max(tl.abs(result), axis=0) / largest, smallest_scale)
         tl.store(out_scale + row, size)
-        result = tl.minimum(tl.maximum(result / size, -largest), largest)
-    tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
+        result = rounded(result, size, largest, out.dtype.element_ty)
+    else:
+        result = result.to(out.dtype.element_ty)
+    tl.store(out + row * width + column, result, mask=inside)
 
 
 def norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, *, text_rows: int, quantized: bool = False
+    x: Tensor, shift: Tensor, scale: Tensor, *, text_rows: int, eight_bit: torch.dtype | None = None
 ) -> Rows:
     """As `fallback.norm_modulate`."""
-    return _launch(x, None, shift, shift, scale, text_rows, quantized)
+    return _launch(x, None, shift, shift, scale, text_rows, eight_bit)
 
 
 def residual_norm_modulate(
@@ -77,10 +80,10 @@ def residual_norm_modulate(
     scale: Tensor,
     *,
     text_rows: int,
-    quantized: bool = False,
+    eight_bit: torch.dtype | None = None,
 ) -> Rows:
     """As `fallback.residual_norm_modulate`."""
-    return _launch(x, y, gate, shift, scale, text_rows, quantized)
+    return _launch(x, y, gate, shift, scale, text_rows, eight_bit)
 
 
 def _launch(
@@ -90,13 +93,17 @@ def _launch(
     shift: Tensor,
     scale: Tensor,
     text_rows: int,
-    quantized: bool,
+    eight_bit: torch.dtype | None,
 ) -> Rows:
     rows, width = x.shape
     assert x.is_contiguous()
     assert all(vector.stride(1) == 1 for vector in (gate, shift, scale))
     assert y is None or (y.shape == x.shape and y.stride(1) == 1)
-    out = Quantized.empty(rows, width, x.device) if quantized else torch.empty_like(x)
+    out: Rows
+    if eight_bit is None:
+        out = torch.empty_like(x)
+    else:
+        out = Quantized.empty(rows, width, eight_bit, x.device)
     values, out_scale = out if isinstance(out, Quantized) else (out, out)
     block = triton.next_power_of_2(width)
     _kernel[(rows,)](
@@ -115,9 +122,9 @@ def _launch(
         width=width,
         block=block,
         residual=y is not None,
-        quantized=quantized,
+        quantized=eight_bit is not None,
         eps=EPS,
-        largest=FLOAT8_MAX,
+        largest=0.0 if eight_bit is None else LARGEST[eight_bit],
         smallest_scale=SMALLEST_SCALE,
         num_warps=min(16, max(1, block // (32 * NUMBERS_A_THREAD))),
     )

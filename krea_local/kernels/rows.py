@@ -1,4 +1,4 @@
-"""What the fused operations take and return: rows of numbers, plain or in 8-bit floats.
+"""What the fused operations take and return: rows of numbers, plain or in 8 bits.
 
 The rows of all images of a call lie in one matrix, the text of all images first, then their image
 tokens: [B · L + B · S, width]. A view of some rows is contiguous, whatever the batch, and what
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
+FLOAT8, INT8 = torch.float8_e4m3fn, torch.int8
+LARGEST = {FLOAT8: 448.0, INT8: 127.0}  # of -128 … 127 the symmetric part
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 EPS = 1e-6  # of every norm in FLUX.1
 # CUTLASS's rowwise kernel reads the scales of whole tiles, past the last row (pytorch 133334).
@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
     """A matrix as `values * scale`.
 
     Attributes:
-        values: float8_e4m3fn [R, K].
+        values: float8_e4m3fn or int8 [R, K].
         scale: float32 [R, 1], one a row.
     """
 
@@ -34,11 +34,13 @@ class Quantized(NamedTuple):
     scale: Tensor
 
     @classmethod
-    def empty(cls, rows: int, width: int, device: torch.device) -> Quantized:
+    def empty(
+        cls, rows: int, width: int, eight_bit: torch.dtype, device: torch.device
+    ) -> Quantized:
         """Room for `rows` rows."""
         padded = -(-rows // SCALE_ROWS) * SCALE_ROWS
         return cls(
-            torch.empty(rows, width, dtype=FLOAT8, device=device),
+            torch.empty(rows, width, dtype=eight_bit, device=device),
             torch.empty(padded, 1, dtype=torch.float32, device=device)[:rows],
         )
 
