@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+LONGEST, SHORTEST = 3, 60  # times the seconds that a stage should take, and seconds, until its end
 RESULTS, LOG, CURRENT = "results.jsonl", "log.txt", "current.jsonl"
 LARGE = "--model random-12b --runs 3"
 TINY = "--model tiny --device cpu --runs 1 --steps 4"
@@ -155,7 +156,9 @@ def main(arguments: list[str] | None = None, *, stages: Sequence[Stage] = STAGES
             print(f"{stage.name}: left out, {left:.0f} s do not suffice", flush=True)
         else:
             print(f"{stage.name}: {' '.join(command)}", flush=True)
-            code, seconds = _run(stage, command, options.folder, left)
+            # A stage that hangs takes only its own time.
+            limit = min(left, max(LONGEST * stage.seconds, SHORTEST))
+            code, seconds = _run(stage, command, options.folder, limit)
             ended = "ended, out of time" if code is None else f"exit status {code}"
             print(f"{stage.name}: {seconds:.0f} s, {ended}", flush=True)
             codes.append(code)
@@ -166,8 +169,17 @@ def _done(results: Path) -> set[str]:
     """The stages that have ended well, by their last line."""
     if not results.exists():
         return set()
-    lines = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    lines = _lines(results)
     return {line["stage"] for line in lines if line.get("kind") == "stage" and line["code"] == 0}
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Those of a file whose last one may have been cut."""
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def _run(
@@ -202,20 +214,17 @@ def _outcome(command: list[str], log: IO[bytes], limit: float) -> int | None:
 
 
 def _collect(current: Path, stage: str, folder: Path) -> None:
-    """Move a stage's lines to those of all; the last one may have been cut."""
-    if not current.exists():
-        return
-    lines = []
-    for text in current.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append({"stage": stage, **json.loads(text)})
-    _write(folder / RESULTS, lines)
-    current.unlink()
+    """Move a stage's lines to those of all."""
+    if current.exists():
+        _write(folder / RESULTS, [{"stage": stage, **line} for line in _lines(current)])
+        current.unlink()
 
 
 def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(line) + "\n" for line in lines)
+    with file.open("a+b") as stream:  # what is there may have been cut
+        if stream.tell() and file.read_bytes()[-1:] != b"\n":
+            stream.write(b"\n")
+        stream.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 if __name__ == "__main__":

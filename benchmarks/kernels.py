@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks import random_model
 from krea_local import kernels
 from krea_local.info import versions
 from krea_local.kernels import Kernels, Layout, Quantized
@@ -36,6 +37,7 @@ TUNABLE = {
     "norm_modulate": ("NUMBERS_A_THREAD", (16, 8, 32)),
     "gelu": ("NUMBERS_A_THREAD", (16, 32, 64)),
     "qk_norm_rotary": ("HEADS_A_PROGRAM", (8, 4, 16, 32)),
+    "widen": ("RUNS", (64, 32, 128)),
 }
 MODULE = {"residual_norm_modulate": "norm_modulate", "quantize": "gelu"}
 
@@ -130,6 +132,15 @@ def operations(
         ),
         "gelu": (lambda ops: ops.gelu(fused[:, 3 * width :], y), 10 * one),
     }
+    random = torch.Generator(device).manual_seed(0)
+    outputs = 16 if device.type == "cpu" else 4 * width  # the interpreter is slow
+    columns = max(width, 256)  # of which a block of Q4_K is
+    for kind in ("float8", "Q8_0", "Q4_K"):
+        kept = random_model.packing(kind, (outputs, columns))
+        parts = {name: random_model.random_part(kept, name, device, random) for name in kept.shapes}
+        wide = draw(outputs, columns)
+        moved = wide.nbytes + sum(part.nbytes for part in parts.values())
+        found[f"widen {kind}"] = partial(_widen, kind=kind, parts=parts, out=wide), moved
     eight_bit = torch.float8_e4m3fn if device.type == "cpu" else eight_bit_of(device)
     if eight_bit is not None:
         found |= {
@@ -157,6 +168,10 @@ def operations(
             ),
         }
     return found
+
+
+def _widen(ops: Kernels, *, kind: str, parts: dict[str, Tensor], out: Tensor) -> Tensor:
+    return ops.widen(kind, parts, out)
 
 
 def _values(rows: object) -> Tensor:

@@ -89,7 +89,8 @@ def load(
         packed: keep the large weights of files in 8 bits, 4 bits or GGUF as they are there, and
             widen a layer's where it is used: a half to a sixth of the memory, for some of a step's
             time. The picture is that of weights widened beforehand (False), bit for bit. Default:
-            where a plan is made, packed unless the whole transformer fits onto the GPU widened.
+            where a plan is made, packed unless the whole transformer fits onto the GPU widened;
+            8-bit floats also where `acceleration` multiplies them as they are.
         acceleration: "none", "regular" or "high", for calls that name none. "none" is lossless,
             "regular" multiplies in 8 bits, "high" also skips steps; `speed.LEVELS` has all.
         engine: "native" is our transformer; "diffusers" is theirs, to compare with.
@@ -453,7 +454,7 @@ def choose_plan(
         batch=batch_size,
         eight_bit=eight_bit is not None,
     )
-    rates = measure(device, dtype) if device.type == "cuda" else None
+    rates = measure(device, dtype, eight_bit) if device.type == "cuda" else None
     return replace(chosen, rates=rates)
 
 

@@ -140,17 +140,16 @@ def _write(
     if start + end > free:
         needed = f"{(start + end) / 1e9:.1f} GB"
         raise OSError(f"it takes {needed}, and {free / 1e9:.1f} GB are free on its disk")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with file.open("xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(start + end)
 
         def put(name: str, tensor: torch.Tensor) -> None:
             stream.seek(start + offsets[name])
-            stream.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
         for name, one in stored.items():
-            numbers = one.read().to(device).bfloat16()
+            numbers = one.read().bfloat16()
             if wanted[name].dtype == "BF16":
                 put(name, numbers)
             else:

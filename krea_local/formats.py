@@ -298,23 +298,33 @@ class _FourBit:
         rows, columns = self.shape
         codes = replace(numbers, shape=(rows, columns // 2), dtype=torch.uint8)
         shapes = {"largest": (rows, columns // self.block), TABLE: (16,)}
-        return _packed("4bit", codes, self.shape, shapes, lambda: self.others(rows))
+        packed = _packed("4bit", codes, self.shape, shapes, lambda: self.others(rows))
+        if packed is None:
+            return None
+        return replace(packed, packing=replace(packed.packing, table=tuple(self._table().tolist())))
 
     def others(self, rows: int) -> dict[str, Tensor]:
         """What the codes are read with; `largest` in so many rows."""
-        read, name = self.file._read, self.name
-        largest = read(f"{name}.absmax")
+        largest = self._part("absmax", self.blocks)
         if self.nested:
-            groups = read(f"{name}.nested_absmax").repeat_interleave(self.nested)
-            values = read(f"{name}.nested_quant_map")[largest.int()]
-            largest = values * groups[: values.numel()] + self.offset
-        table = read(f"{name}.quant_map").float()
-        if largest.numel() != self.blocks or table.numel() != 16:
+            groups = self._part("nested_absmax", -(-self.blocks // self.nested))
+            values = self._part("nested_quant_map", 256)[largest.int()]
+            groups = groups.repeat_interleave(self.nested)[: values.numel()]
+            largest = values * groups + self.offset
+        return {"largest": largest.float().reshape(rows, -1), TABLE: self._table()}
+
+    def _table(self) -> Tensor:
+        return self._part("quant_map", 16).float()
+
+    def _part(self, kind: str, count: int) -> Tensor:
+        """So many numbers that its codes are read with."""
+        part = self.file._read(f"{self.name}.{kind}").flatten()
+        if part.numel() != count:
             raise WeightsInvalid(
-                f"{str(self.file.path)!r}: tensor {name}.absmax has {largest.numel():,} numbers "
-                f"where {self.blocks:,} belong, or its quant_map {table.numel()} where 16 do"
+                f"{str(self.file.path)!r}: tensor {self.name}.{kind} has {part.numel():,} numbers "
+                f"where {count:,} belong"
             )
-        return {"largest": largest.float().reshape(rows, -1), TABLE: table.flatten()}
+        return part
 
 
 def _packed(
@@ -398,7 +408,9 @@ def _read_gguf(file: Path, tensor: Any, shape: tuple[int, ...]) -> Tensor:
 
 def _packed_gguf(file: Path, tensor: Any, shape: tuple[int, ...]) -> Packed | None:
     kind, nbytes = tensor.tensor_type.name, int(tensor.n_bytes)
-    if kind not in ggml.KINDS or len(shape) != 2 or shape[1] % ggml.KINDS[kind][0]:
+    size, block, _ = ggml.KINDS.get(kind, (1, 1, None))
+    rows_of_blocks = len(shape) == 2 and all(shape) and shape[1] % size == 0
+    if kind not in ggml.KINDS or not rows_of_blocks or nbytes * size != math.prod(shape) * block:
         return None
     codes = Numbers(file, int(tensor.data_offset), (shape[0], nbytes // shape[0]), torch.uint8)
     return _packed(kind, codes, shape)

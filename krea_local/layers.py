@@ -91,7 +91,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, of [R, K]."""
-        return self.multiply(input, self.weight, self.bias)
+        return self.multiply(input, self.wide(), self.bias)
+
+    def wide(self) -> Tensor:
+        """Its weight [N, K], where it is."""
+        return self.weight
 
     def weight_on(self, device: torch.device) -> Tensor:
         """Its weight [N, K] on `device`; without waiting, if it is locked in host memory."""
@@ -119,7 +123,7 @@ class Linear(nn.Linear):
         On CUDA the bias is added within the product only if `out` is contiguous.
         """
         assert isinstance(x, Tensor)
-        result: Tensor = torch.addmm(self.bias, x, self.weight.t(), out=out)
+        result: Tensor = torch.addmm(self.bias, x, self.wide().t(), out=out)
         return result if self.low_rank is None else self.low_rank.add(x, result)
 
     def project_gelu(self, x: Rows, out: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ class Linear(nn.Linear):
         if self.low_rank is not None:
             gelu: Tensor = torch.ops.aten.gelu_(self.project(x, out=out), approximate="tanh")
             return gelu
-        arguments = (self.bias, x, self.weight.t())
+        arguments = (self.bias, x, self.wide().t())
         if not x.is_cuda:  # there this operation's GELU is the other one, by erf
             return out.copy_(F.gelu(torch.addmm(*arguments), approximate="tanh"))
         torch.ops.aten._addmm_activation.out(*arguments, use_gelu=True, out=out)

@@ -204,7 +204,7 @@ def sizes(checkpoint: Checkpoint, dtype: torch.dtype, *, packed: bool = False) -
     checker = folder / "safety_checker" / "model.safetensors"
     return Sizes(
         blocks=blocks,
-        numbers=sum(numbers),
+        numbers=tuple(numbers),
         a_token=sum(numbers[:doubles]) // 2 + sum(numbers[doubles:]),
         outside=count(transformer.step_modules()) - sum(blocks),
         modulation=count(transformer.modulations()),

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from krea_local.kernels import PLAIN, Kernels, Quantized
 from krea_local.kernels.fallback import AT_ONCE
-from krea_local.kernels.rows import CODES, TABLE, Parts
+from krea_local.kernels.rows import CODES, TABLE
 from krea_local.layers import Linear
 
-AT_A_NUMBER = 14  # bytes beside the result, of those that plain torch widens at a time
+AT_A_NUMBER = 13  # bytes beside the result, of those that plain torch widens at a time
 ROWS_TO_CHECK = 16
 
 logger = logging.getLogger(__name__)
@@ -36,33 +36,18 @@ class Packing:
         dtypes: of each of its parts, by name.
         shapes: likewise; all but that of `table` begin with N.
         shape: [N, K], of the numbers themselves.
+        table: the numbers of its `table`, if it has one.
     """
 
     kind: str
     dtypes: Mapping[str, torch.dtype]
     shapes: Mapping[str, tuple[int, ...]]
     shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, kind: str, parts: Parts, shape: tuple[int, int]) -> Packing:
-        """That of `parts`, which may be on the device "meta"."""
-        return cls(
-            kind,
-            {name: part.dtype for name, part in parts.items()},
-            {name: tuple(part.shape) for name, part in parts.items()},
-            shape,
-        )
+    table: tuple[float, ...] = ()
 
     def joins(self, other: Packing) -> bool:
         """Whether rows of the other could stand below those of this one."""
-        return (self.kind, self.dtypes, self.shape[1]) == (
-            other.kind,
-            other.dtypes,
-            other.shape[1],
-        ) and all(
-            shape[1:] == other.shapes[name][1:] and (name != TABLE or shape == other.shapes[name])
-            for name, shape in self.shapes.items()
-        )
+        return self.of_rows(1) == other.of_rows(1)
 
     def of_rows(self, rows: int) -> Packing:
         """The same for another number of rows."""
@@ -70,7 +55,7 @@ class Packing:
             name: shape if name == TABLE else (rows, *shape[1:])
             for name, shape in self.shapes.items()
         }
-        return Packing(self.kind, self.dtypes, shapes, (rows, self.shape[1]))
+        return replace(self, shapes=shapes, shape=(rows, self.shape[1]))
 
 
 class PackedLinear(Linear):
@@ -86,6 +71,8 @@ class PackedLinear(Linear):
     """
 
     kernels: Kernels = PLAIN
+    # Whoever looks at it, as transformers' T5 does, must not have all of it widened.
+    weight: None = None  # type: ignore[assignment]
 
     def __init__(self, packing: Packing, *, bias: bool, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -103,8 +90,7 @@ class PackedLinear(Linear):
         """As `Parts` says."""
         return {name: self._of(name) for name in self.packing.shapes}
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def wide(self) -> Tensor:
         """Its numbers [N, K], widened now."""
         return self.weight_on(self._of(CODES).device)
 

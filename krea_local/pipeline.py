@@ -422,6 +422,7 @@ class Krea:
     def prepare(self, acceleration: Acceleration) -> speed.Settings:
         """How `acceleration` runs here: chosen, and its kernels compiled, when first asked for."""
         with self._lock, self._placing.current_device():
+            self._placing.prepare(acceleration)
             return self.engine.prepare(acceleration)
 
     @contextlib.contextmanager

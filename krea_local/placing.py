@@ -74,6 +74,11 @@ class Placing:
         if self.offload == "blocks":
             self._stream_blocks()
 
+    def prepare(self, acceleration: Acceleration) -> None:
+        """Choose what T5's packed layers are widened by, if it has such: once."""
+        if self._widen_t5:
+            self._choose_widening(acceleration)
+
     @contextlib.contextmanager
     def resident(self, *modules: nn.Module) -> Iterator[None]:
         """Have `modules` on the device, and to oneself."""
@@ -97,8 +102,7 @@ class Placing:
     def encoders(self, acceleration: Acceleration) -> Iterator[None]:
         """Have the text encoders on the device, and to oneself."""
         models = self.models
-        if self._widen_t5:
-            self._choose_widening(acceleration)
+        self.prepare(acceleration)
         if self._t5 is None:
             with self.resident(models.text_encoder, models.text_encoder_2):
                 yield
@@ -138,6 +142,13 @@ class Placing:
             plan = plan.for_blocks(plan.sizes.blocks)
             if budget is not None and plan.peak > budget:
                 plan = replace(plan, resident=0, strips=True)
+            available, more = available_host_memory(), plan.host - self.plan.host
+            if available is not None and more > available:
+                raise OutOfMemory(
+                    f"a LoRA in weights of 8 bits takes copies of them, {more / GIB:.1f} GiB of "
+                    f"host memory, which has {available / GIB:.1f} available: free some, or draw "
+                    "with acceleration='none'"
+                )
             self.plan = plan
             self._stream_blocks()
             return None

@@ -44,7 +44,7 @@ class Sizes:
 
     Attributes:
         blocks: of each block of the transformer, without modulation.
-        numbers: how many numbers those are, all together.
+        numbers: how many numbers those are, of each block.
         a_token: how many of them one token meets; in double blocks text and image have half each.
         outside: of the transformer's layers outside blocks, without modulation.
         modulation: all of it.
@@ -56,12 +56,12 @@ class Sizes:
         row: of one token [D] between blocks.
         itemsize: of a number; 2 in bfloat16.
         scratch: what widening a packed layer takes, where there are such.
-        eight_bit: whether the blocks' weights are in the 8 bits that levels multiply, and need no
-            others.
+        eight_bit: whether the blocks' weights are in the 8 bits that levels multiply, which then
+            need no others, but for LoRAs.
     """
 
     blocks: tuple[int, ...]
-    numbers: int
+    numbers: tuple[int, ...]
     a_token: int
     outside: int
     modulation: int
@@ -92,7 +92,7 @@ class Sizes:
 BLOCKS = (453_096_448,) * 19 + (226_542_080,) * 38
 FLUX1 = Sizes(
     blocks=BLOCKS,
-    numbers=sum(BLOCKS) // 2,
+    numbers=tuple(size // 2 for size in BLOCKS),
     a_token=sum(BLOCKS[:19]) // 4 + sum(BLOCKS[19:]) // 2,
     outside=90_488_960,
     modulation=6_494_896_128,
@@ -113,11 +113,13 @@ class Rates:
         copying: bytes from locked host memory.
         memory: bytes of its own memory, read or written.
         products: operations of matrix products in the model's precision.
+        eight_bit: of those in the 8 bits that levels multiply; None if it has none.
     """
 
     copying: float
     memory: float
     products: float
+    eight_bit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ class Plan:
     @property
     def _eight_bit(self) -> int:
         """Bytes of the blocks in 8 bits, where they are needed beside the others."""
-        return self.sizes.numbers if self.eight_bit and not self.sizes.eight_bit else 0
+        needed = not self.sizes.eight_bit or self.adapters  # LoRAs are added to copies
+        return sum(self.sizes.numbers) if self.eight_bit and needed else 0
 
     @property
     def stages(self) -> dict[str, int]:
@@ -213,7 +216,7 @@ class Plan:
 
     @property
     def computing(self) -> float | None:
-        """Seconds that a step computes, about, at the precision of the model."""
+        """Seconds that a step computes, about."""
         if self.rates is None:
             return None
         sizes, rates = self.sizes, self.rates
@@ -225,10 +228,12 @@ class Plan:
         products = 2 * self._rows * sizes.a_token
         attention = 4 * self.batch * tokens**2 * width * count
         passes = PASSES * count * self._rows * sizes.row
-        if self.packed:  # codes are read, and numbers written, to be read by the product
-            passes += sum(sizes.blocks) + 2 * sizes.itemsize * sizes.numbers
+        rate = rates.eight_bit if self.eight_bit else None
+        if self.packed and not self.eight_bit:
+            # Codes are read and numbers written, which the product reads.
+            passes += sum(sizes.blocks) + 2 * sizes.itemsize * sum(sizes.numbers)
         return (
-            products / rates.products
+            products / (rate or rates.products)
             + attention / (ATTENTION * rates.products)
             + passes / rates.memory
         )
@@ -273,8 +278,16 @@ class Plan:
         less = [plan for plan in later if plan.peak < self.peak]
         return replace(less[0], budget=less[0].peak) if less else None
 
+    @property
+    def in_eight_bit(self) -> Plan:
+        """Where the blocks that visit the GPU are in 8 bits, what stays there then."""
+        own = self.sizes.eight_bit or not self.eight_bit
+        return self if own else self.for_blocks(self.sizes.numbers)
+
     def __str__(self) -> str:
-        """A table: part, where, bytes; and why."""
+        """A table: part, where, bytes; what a step takes; and what would be faster."""
+        if self.offload == "blocks" and self.in_eight_bit.sizes != self.sizes:
+            return str(self.in_eight_bit)
         sizes, streams = self.sizes, self.offload == "blocks"
         kept = {True: "stays on the GPU", False: "visits it"}
         all_stay = self.offload in ("none", "modulation")
@@ -415,9 +428,10 @@ def choose(
     model = Plan(sizes, budget=budget, pixels=pixels, batch=batch, eight_bit=eight_bit)
     plans = list(options(model))
     if packed is not None:
-        # Widening costs each step some passes over the weights, less than copying them. Levels in
-        # 8 bits do it once, if at all.
-        wide = [plan for plan in plans if not (plan.streamed or plan.strips or eight_bit or always)]
+        # Widening costs each step some passes over the weights, less than copying them; and
+        # nothing at levels that multiply them as they are.
+        always = always or (eight_bit and packed.eight_bit)
+        wide = [plan for plan in plans if not (plan.streamed or plan.strips or always)]
         plans = [*wide, *options(replace(model, sizes=packed, packed=True))]
     fitting = [plan for plan in plans if plan.peak <= budget]
     for plan in fitting:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from krea_local.kernels import PLAIN, triton_kernels
+from krea_local.layers import EightBitLinear, Linear
 from krea_local.memory import pin_tensors
 from krea_local.plan import Rates
 
@@ -23,20 +26,28 @@ logger = logging.getLogger(__name__)
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, *, nbytes: int = BYTES, tokens: int = TOKENS
+    device: torch.device,
+    dtype: torch.dtype,
+    eight_bit: torch.dtype | None = None,
+    *,
+    nbytes: int = BYTES,
+    tokens: int = TOKENS,
 ) -> Rates | None:
     """Those of `device`, the best of some tries; None where it has no memory to try.
 
-    Takes some tens of milliseconds and 160 MiB, which are given back.
+    Takes some tens of milliseconds and about 260 MiB, which are given back.
 
     Args:
         device: where.
         dtype: of the products.
+        eight_bit: of those in 8 bits, if there are such.
         nbytes: to copy.
         tokens: rows of the products.
     """
     try:
         rates = _measure(device, dtype, nbytes, tokens)
+        if eight_bit is not None:
+            rates = replace(rates, eight_bit=_measure_eight_bit(device, dtype, eight_bit, tokens))
     except torch.OutOfMemoryError:
         logger.info("no memory to measure rates in", exc_info=True)
         rates = None
@@ -60,6 +71,24 @@ def _measure(device: torch.device, dtype: torch.dtype, nbytes: int, tokens: int)
         memory=2 * nbytes / best(lambda: other.copy_(there)),
         products=2 * tokens * 2 * WIDTH * WIDTH / best(lambda: x @ weight.t()),
     )
+
+
+def _measure_eight_bit(
+    device: torch.device, dtype: torch.dtype, eight_bit: torch.dtype, tokens: int
+) -> float | None:
+    """Operations a second; None where the product does not work."""
+    try:
+        kernels = triton_kernels() if device.type == "cuda" else PLAIN
+        linear = Linear(WIDTH, 2 * WIDTH, device=device, dtype=dtype).requires_grad_(False)
+        layer = EightBitLinear.of(linear, eight_bit, kernels, device)
+        x = PLAIN.quantize(torch.randn(tokens, WIDTH, device=device), eight_bit=eight_bit)
+        seconds = min(_seconds(lambda: layer.project(x), device) for _ in range(1 + TIMES))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # which the level that needs it finds too, and tells
+        logger.info("no products in %s", eight_bit, exc_info=True)
+        return None
+    return 2 * tokens * 2 * WIDTH * WIDTH / seconds
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import everything
 from benchmarks.everything import LOG, RESULTS, STAGES, Stage, main
 from benchmarks.peers import PEERS
 
@@ -56,7 +57,7 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(
 
 
 def test_a_stage_that_does_not_fit_is_left_out_and_one_that_takes_too_long_is_ended(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = tmp_path / "child"
     # It starts a process of its own, which must not outlive it.
@@ -65,9 +66,10 @@ def test_a_stage_that_does_not_fit_is_left_out_and_one_that_takes_too_long_is_en
         f"p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
         f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(600)"
     )
+    monkeypatch.setattr(everything, "SHORTEST", 6)
     stages = [stage("long", WRITE, seconds=9999), stage("hangs", spawns, seconds=0)]
     folder = tmp_path / "folder"
-    assert main([str(folder), "--minutes", "0.1"], stages=stages) == 1
+    assert main([str(folder), "--minutes", "5"], stages=stages) == 1
     said = capsys.readouterr().out
     assert "long: left out" in said
     assert "hangs: 6 s, ended, out of time" in said
@@ -89,8 +91,13 @@ def test_a_stage_that_does_not_fit_is_left_out_and_one_that_takes_too_long_is_en
 
 def test_lines_of_a_run_that_was_killed_are_kept(tmp_path: Path) -> None:
     (tmp_path / "current.jsonl").write_text('{"kind": "latency", "seconds": 1}\n{"cut')
+    (tmp_path / RESULTS).write_text('{"stage": "two", "kind": "latency"}\n{"cut')
     assert main([str(tmp_path)], stages=[stage("one", WRITE)]) == 0
-    assert [line["stage"] for line in results(tmp_path)] == ["unfinished", "one", "one"]
+    assert main([str(tmp_path)], stages=[stage("one", WRITE)]) == 0
+    lines = (tmp_path / RESULTS).read_text().splitlines()
+    assert lines.pop(1) == '{"cut'
+    names = [json.loads(line)["stage"] for line in lines]
+    assert names == ["two", "unfinished", "one", "one"]
 
 
 def test_its_commands_are_ones(capsys: pytest.CaptureFixture[str]) -> None:

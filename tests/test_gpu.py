@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import krea_local
+from benchmarks import random_model
 from krea_local import kernels, reading
-from krea_local.kernels import PLAIN, Quantized, distance
+from krea_local.kernels import PLAIN, Quantized, distance, ggml
 from krea_local.layers import check_product
 from krea_local.memory import pin
+from krea_local.packed import packed_layers
 from krea_local.sampling import latent_ids
 from krea_local.speed import LEVELS, Place, Settings, eight_bit_of, settings_of
 from krea_local.transformer import Config, FluxTransformer
@@ -326,3 +328,50 @@ def test_products_of_integers_are_exact(rows: int, inner: int, outputs: int) -> 
     assert torch.equal(wide[:, :outputs], wanted)
     assert wide[:, outputs:].isnan().all()
     assert torch.equal(PLAIN.int8_product(x, weight, bias), wanted)
+
+
+@pytest.mark.parametrize("kind", ["float8", *ggml.KINDS])
+def test_a_large_packed_weight_is_widened_as_plain_torch_does(kind: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    random = torch.Generator(device).manual_seed(0)
+    shape = (21504, 3072)  # the largest there is
+    packing = random_model.packing(kind, shape)
+    parts = {
+        name: random_model.random_part(packing, name, device, random) for name in packing.shapes
+    }
+    ours, wanted = (
+        ops.widen(kind, parts, torch.empty(shape, dtype=torch.bfloat16, device=device))
+        for ops in (kernels.triton_kernels(), PLAIN)
+    )
+    assert torch.equal(ours, wanted)
+    assert 1e-3 < float(wanted.float().std()) < 0.2
+
+
+@pytest.mark.parametrize("keep", ["as_float8", "as_scaled_fp8", "as_rows", "as_nf4"])
+@pytest.mark.parametrize("offload", ["none", "modulation", "model", "blocks"])
+def test_packed_weights_draw_what_wide_ones_do(
+    keep: str, offload: str, on_gpu: krea_local.Krea, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")  # which what writes such files imports
+    import kept
+
+    state = on_gpu.models.transformer.state_dict()
+    stored, _ = getattr(kept, keep)({name: tensor.cpu() for name, tensor in state.items()})
+    save_file({n: t.contiguous() for n, t in stored.items()}, tmp_path / "x.safetensors")
+    pictures = []
+    for packed in (True, False):
+        made = krea_local.load(
+            tiny_folder, transformer=tmp_path / "x.safetensors", offload=offload, packed=packed
+        )
+        levels = ("none", "regular", "none") if eight_bit_of(made.device) else ("none",)
+        drawn = [
+            made.txt2img("a fox", image_size=SIZE, seed=5, acceleration=level).images[0].tobytes()
+            for level in levels
+        ]
+        assert drawn[0] == drawn[-1]
+        pictures.append(drawn)
+        layers = packed_layers(made.models.transformer)
+        assert bool(layers) == packed
+        # In use, and so right by its own check at load.
+        assert all(layer.kernels.widen is not PLAIN.widen for layer in layers)
+    assert pictures[0] == pictures[1]

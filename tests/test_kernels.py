@@ -317,7 +317,7 @@ def packed(kind: str) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
     """Parts of that kind, of all bit patterns that are numbers, and the shape they stand for."""
     seed = torch.Generator("cpu").manual_seed(0)
     size, nbytes = {"4bit": (64, 32)}.get(kind) or ggml.KINDS.get(kind, (1, 1))[:2]
-    rows, blocks = 5, 61 if size == 1 else 7
+    rows, blocks = 5, 48 if size == 1 else 7
     codes = torch.randint(0, 256, (rows, blocks, nbytes), dtype=torch.uint8, generator=seed)
     parts = {CODES: codes.flatten(1)}
     if kind in FLOATS:
@@ -350,9 +350,11 @@ def test_widening(fused: Kernels, kind: str) -> None:
 COMPILE = """
 import pathlib, re, subprocess, tempfile, warnings
 warnings.simplefilter("ignore")
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from benchmarks import random_model
+from krea_local.kernels.rows import CODES, TABLE
 from krea_local.kernels import gelu, ggml, int8_product, norm_modulate, qk_norm_rotary, widen
 from krea_local.kernels.rows import EPS, LARGEST, SMALLEST_SCALE
 
@@ -375,6 +377,24 @@ CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdum
 LENGTHS = {"text_rows", "text_len", "image_len", "rows"}
 SCALARS = LENGTHS | {"outputs", "inner"}
 NAMES = {"float8_e4m3fn": "*fp8e4nv", "int8": "*i8"}
+POINTERS = {torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.uint8: "*u8",
+            torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+
+
+def example(kind):
+    # A kind of weight, its parts and where it is widened to, as layers have them.
+    shape = (64, 3072)
+    out = torch.empty(shape, dtype=torch.bfloat16)
+    if kind == "4bit":
+        parts = {CODES: torch.empty(64, 1536, dtype=torch.uint8),
+                 "largest": torch.empty(64, 48), TABLE: torch.empty(16)}
+        return kind, parts, out
+    name = "float8" if kind in ("e4m3", "e5m2") else kind
+    kept = random_model.packing(name, shape)
+    parts = {part: torch.empty(size, dtype=kept.dtypes[part]) for part, size in kept.shapes.items()}
+    if kind == "e5m2":
+        parts[CODES] = parts[CODES].view(torch.float8_e5m2)
+    return name, parts, out
 
 
 def build(name, capability, kernel, warps, stages, values, types, **options):
@@ -423,11 +443,10 @@ for capability in (80, 86, 89, 90):
     for product in PRODUCTS:
         build("product", capability, *product,
               {"x": "*i8", "weight": "*i8", "x_scale": "*fp32", "scale": "*fp32"})
-    kinds = [(kind, size, nbytes) for kind, (size, nbytes, _) in ggml.KINDS.items()]
-    for kind, size, nbytes in [("e4m3", 3072, 0), ("e5m2", 3072, 0), ("4bit", 64, 0), *kinds]:
-        values = dict(kind=kind, size=size, nbytes=nbytes, runs=widen.RUNS, run=widen.RUN)
-        types = {"codes": "*u8", "other": "*u8" if nbytes else "*fp32",
-                 "table": "*fp32" if kind == "4bit" else "*u8"}
-        build("widen", capability, widen._kernel, widen.WARPS, 3, values, types,
+    for kind in ("e4m3", "e5m2", "4bit", *ggml.KINDS):
+        tensors, values = widen.arguments(*example(kind))
+        names = {name: POINTERS[tensor.dtype]
+                 for name, tensor in zip(widen._kernel.arg_names, tensors)}
+        build("widen", capability, widen._kernel, widen.WARPS, 3, values, names,
               enable_fp_fusion=False)
 """

@@ -17,6 +17,7 @@ from kept import (
     as_float8,
     as_is,
     as_nested_nf4,
+    as_nf4,
     as_rows,
     as_scaled_fp8,
     write_gguf,
@@ -25,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import krea_local
+from benchmarks import random_model
 from benchmarks.random_model import SCALES
-from krea_local import InvalidRequest, loading, weights
+from krea_local import InvalidRequest, WeightsInvalid, loading, weights
 from krea_local.engine import Engine
 from krea_local.kernels import PLAIN, ggml
 from krea_local.kernels.fallback import AT_ONCE
-from krea_local.kernels.rows import CODES
+from krea_local.kernels.rows import CODES, TABLE
 from krea_local.layers import EightBitLinear, Linear
 from krea_local.packed import (
     PackedLinear,
@@ -108,18 +110,35 @@ def test_ggmls_blocks_are_the_numbers_of_its_own_package(kind: str) -> None:
     assert wanted.std() > 0
 
 
-def test_a_layer_is_widened_piece_by_piece_and_never_needs_more_than_is_counted() -> None:
-    rows, columns = 2 * AT_ONCE // 2048 + 3, 2048
-    codes = torch.randint(0, 256, (rows, columns // 256 * 144), dtype=torch.uint8)
-    codes.view(rows, -1, 144)[:, :, 1] &= 0x3F  # scales that are finite
-    codes.view(rows, -1, 144)[:, :, 3] &= 0x3F
-    packing = Packing.of("Q4_K", {CODES: codes}, (rows, columns))
+@pytest.mark.parametrize("kind", ["float8", "4bit", *ggml.KINDS])
+def test_a_layer_is_widened_piece_by_piece_and_never_needs_more_than_is_counted(kind: str) -> None:
+    rows, columns = AT_ONCE // 2048 + 3, 2048
+    if kind == "4bit":
+        packing = Packing(
+            kind,
+            {CODES: torch.uint8, "largest": torch.float32, TABLE: torch.float32},
+            {CODES: (rows, columns // 2), "largest": (rows, columns // 64), TABLE: (16,)},
+            (rows, columns),
+        )
+    else:
+        packing = random_model.packing(kind, (rows, columns))
     layer = PackedLinear(packing, bias=False, dtype=torch.bfloat16)
-    layer.load_state_dict({CODES: codes}, assign=True)
-    wanted = torch.from_numpy(gguf.dequantize(codes.numpy(), gguf.GGMLQuantizationType.Q4_K))
+    random = torch.Generator().manual_seed(0)
+    for name, part in layer.parts.items():
+        if kind != "4bit":
+            part.copy_(random_model.random_part(packing, name, CPU, random))
+        elif part.dtype == torch.uint8:
+            part.random_(256, generator=random)
+        else:
+            part.normal_(generator=random)
     with torch.profiler.profile(profile_memory=True) as profile:
-        found = layer.weight
-    assert torch.equal(found, wanted.bfloat16())
+        found = layer.wide()
+    assert found.isfinite().all()
+    assert found[-1].float().std() > 0
+    some = torch.tensor([0, rows // 2, rows - 1])
+    parts = {name: part if name == TABLE else part[some] for name, part in layer.parts.items()}
+    alone = PLAIN.widen(kind, parts, torch.empty(len(some), columns, dtype=torch.bfloat16))
+    assert torch.equal(alone, found[some])
     used = most = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
         if event.name() == "[memory]":
@@ -152,7 +171,7 @@ def test_what_a_file_keeps_in_fewer_bits_stays_so_and_stands_for_the_same(
         if isinstance(module, Linear):
             other = native(packed).transformer.get_submodule(name)
             assert isinstance(other, Linear)
-            assert torch.equal(other.weight, module.weight), name
+            assert torch.equal(other.wide(), module.weight), name
             assert torch.equal(other.bias, module.bias), name
             assert (other.in_features, other.out_features) == module.weight.shape[::-1]
     assert picture(packed) == picture(wide)
@@ -168,7 +187,7 @@ def test_gguf_stays_as_it_is(
     layers = packed_of(native(packed).transformer)
     assert {one.packing.kind for one in layers.values()} == {kind}
     for name, layer in layers.items():
-        assert torch.equal(layer.weight, wanted[f"{name}.weight"].bfloat16()), name
+        assert torch.equal(layer.wide(), wanted[f"{name}.weight"].bfloat16()), name
     assert picture(packed) == picture(load(tiny_folder, file, packed=False))
 
 
@@ -203,7 +222,7 @@ def test_t5_stays_as_it_is(keep: Keeping, tiny_folder: Path, tmp_path: Path) -> 
     assert len(layers) == (2 if keep is as_nested_nf4 else 2 * 7)
     states = wide.models.text_encoder_2.state_dict()
     for name, layer in layers.items():
-        assert torch.equal(layer.weight, states[f"{name}.weight"]), name
+        assert torch.equal(layer.wide(), states[f"{name}.weight"]), name
     for one, other in zip(packed.encode_prompt("a fox"), wide.encode_prompt("a fox"), strict=True):
         assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
 
@@ -319,7 +338,7 @@ def test_sizes_of_packed_weights_are_those_that_are_loaded(
     assert found.scratch > 0
     wide = loading.sizes(weights.find(tiny_folder), torch.bfloat16)
     assert found.numbers == wide.numbers
-    assert sum(wide.blocks) == 2 * wide.numbers
+    assert sum(wide.blocks) == 2 * sum(wide.numbers)
     assert wide.scratch == 0
     assert not wide.eight_bit
 
@@ -400,3 +419,89 @@ def test_in_int8_packed_weights_are_rounded_as_wide_ones_are(
         assert one.weight.dtype == torch.int8
         assert torch.equal(one.weight, two.weight)
         assert torch.equal(one.scale, two.scale)
+
+
+def test_fused_parts_with_different_tables_of_4_bits_are_widened(
+    original: Tensors, tiny_folder: Path, tmp_path: Path, krea: Krea
+) -> None:
+    config = native(krea).transformer.config
+    table = pieces(config.num_layers, config.num_single_layers)
+    stored, _ = as_nf4(to_diffusers(original, table, config.hidden_size))
+    for name in stored:
+        if name.endswith("attn.to_k.weight.quant_map"):
+            stored[name] = stored[name].flip(0).contiguous()
+    file = tmp_path / "x.safetensors"
+    save_file({n: t.contiguous() for n, t in stored.items()}, file)
+    packed, wide = (load(tiny_folder, file, packed=packed) for packed in (True, False))
+    layers = packed_of(native(packed).transformer)
+    assert "double_blocks.0.img_attn.proj" in layers
+    assert "double_blocks.0.img_attn.qkv" not in layers
+    for name, module in native(wide).transformer.named_modules():
+        if isinstance(module, Linear):
+            other = native(packed).transformer.get_submodule(name)
+            assert isinstance(other, Linear)
+            assert torch.equal(other.wide(), module.weight), name
+
+
+def test_each_layer_is_widened_once_a_prompt_and_once_a_step(
+    files: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(
+        tiny_folder,
+        files / "flux.safetensors",
+        text_encoder_2=files / "t5.safetensors",
+        packed=True,
+    )
+    widened: dict[int, int] = {}
+    weight_on = PackedLinear.weight_on
+
+    def count(self: PackedLinear, device: torch.device) -> Tensor:
+        widened[id(self)] = widened.get(id(self), 0) + 1
+        return weight_on(self, device)
+
+    monkeypatch.setattr(PackedLinear, "weight_on", count)
+    model.encode_prompt("a fox")
+    t5 = packed_layers(model.models.text_encoder_2)
+    assert widened == {id(layer): 1 for layer in t5}
+    widened.clear()
+    picture(model, num_inference_steps=3)
+    transformer = native(model).transformer
+    packed = {id(layer) for layer in packed_layers(transformer)}
+    modulation = {id(layer): 1 for layer in transformer.modulations() if id(layer) in packed}
+    steps = dict.fromkeys(packed - modulation.keys(), 3)
+    assert {key: n for key, n in widened.items() if key not in modulation} == steps
+    assert {key: n for key, n in widened.items() if key in modulation} == modulation
+
+
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax", "nested_quant_map", "quant_map"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_parts_of_4_bits_that_are_too_short_are_named(
+    part: str, packed: bool, original: Tensors, tiny_folder: Path, tmp_path: Path
+) -> None:
+    stored, _ = as_nested_nf4(original)
+    name = f"single_blocks.0.linear2.weight.{part}"
+    stored[name] = stored[name][:-1].clone()
+    file = tmp_path / "x.safetensors"
+    save_file({n: t.contiguous() for n, t in stored.items()}, file)
+    with pytest.raises(WeightsInvalid, match=rf"{part} has [\d,]+ numbers where [\d,]+ belong"):
+        load(tiny_folder, file, packed=packed)
+
+
+def test_gguf_shapes_that_are_not_those_of_its_blocks_are_refused(
+    original: Tensors, tiny_folder: Path, tmp_path: Path
+) -> None:
+    name = "single_blocks.0.linear2.weight"
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux")
+    for other, tensor in original.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if other == name else gguf.GGMLQuantizationType.F32
+        numbers = tensor.float().numpy()
+        numbers = numbers[: len(numbers) // 2] if other == name else numbers
+        writer.add_tensor(other, gguf.quantize(numbers, kind), raw_dtype=kind)
+    writer.add_array(f"comfy.gguf.orig_shape.{name}", list(original[name].shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for packed in (True, False):
+        with pytest.raises(WeightsInvalid, match=name):
+            load(tiny_folder, tmp_path / "x.gguf", packed=packed)

@@ -341,8 +341,8 @@ def test_levels_in_8_bits_take_a_files_own_and_need_no_others() -> None:
         choose(FLUX1, 40 * GIB, packed=halved(FLUX1), always=True), eight_bit=True
     )
     other = replace(halved(FLUX1), eight_bit=False)  # of 8 bits, but no floats
-    beside = choose(FLUX1, 40 * GIB, packed=other, eight_bit=True)
-    assert beside.peak - plan.peak == FLUX1.numbers
+    beside = choose(FLUX1, 40 * GIB, packed=other, always=True, eight_bit=True)
+    assert beside.peak - plan.peak == sum(FLUX1.numbers)
 
 
 @given(
@@ -410,12 +410,45 @@ def test_a_plan_says_what_would_be_faster() -> None:
 
 def test_rates_are_measured_and_none_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    found = rates.measure(cpu, torch.float32, nbytes=2**20, tokens=16)
-    assert found is not None
-    assert min(vars(found).values()) > 1e6
+    for eight_bit in (None, torch.float8_e4m3fn, torch.int8):
+        found = rates.measure(cpu, torch.float32, eight_bit, nbytes=2**20, tokens=16)
+        assert found is not None
+        assert min(rate for rate in vars(found).values() if rate is not None) > 1e6
+        assert (found.eight_bit is None) == (eight_bit is None)
 
     def exhausted(*given: object, **named: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
     monkeypatch.setattr(torch, "empty_like", exhausted)
     assert rates.measure(cpu, torch.float32) is None
+
+
+def test_a_plan_for_8_bits_tells_of_them() -> None:
+    fast = replace(H200, eight_bit=1250e12)
+    plan = replace(choose(FLUX1, 8 * GIB, eight_bit=True), rates=fast)
+    other = replace(choose(FLUX1, 8 * GIB), rates=fast)
+    assert plan.streamed == other.streamed  # as it is loaded
+    shown = plan.in_eight_bit
+    assert shown.streamed < plan.streamed / 2
+    assert str(plan) == str(shown) != str(other)
+    assert plan.computing is not None
+    assert other.computing is not None
+    saved = 59.5e12 * (1 / 700e12 - 1 / 1250e12)
+    assert other.computing - plan.computing == pytest.approx(saved, rel=1e-3)
+    packed = replace(choose(FLUX1, 11 * GIB, packed=halved(FLUX1), eight_bit=True), rates=fast)
+    assert packed.in_eight_bit == packed
+    assert packed.computing == plan.computing  # nothing is widened
+
+
+def test_other_packed_weights_are_for_8_bits_what_wide_ones_are() -> None:
+    other = replace(halved(FLUX1), eight_bit=False)  # Q8_0, say
+    assert not choose(FLUX1, 140 * GIB, packed=other, eight_bit=True).packed
+    assert choose(FLUX1, 140 * GIB, packed=halved(FLUX1), eight_bit=True).packed
+
+
+def test_loras_in_8_bits_are_counted_as_copies() -> None:
+    plan = Plan(halved(FLUX1), packed=True, eight_bit=True)
+    with_loras = replace(plan, adapters=100)
+    assert with_loras.peak - plan.peak == sum(FLUX1.numbers) + 100
+    streamed = replace(plan, offload="blocks")
+    assert replace(streamed, adapters=100).host - streamed.host == sum(FLUX1.numbers)

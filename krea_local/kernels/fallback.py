@@ -210,7 +210,7 @@ def _widened(kind: str, parts: Parts) -> Tensor:
     if kind == "4bit":
         places = torch.stack([codes >> 4, codes & 15], dim=2).flatten(1)
         largest = parts["largest"]
-        runs = parts[TABLE][places.int()].unflatten(1, (largest.shape[1], -1))
+        runs = parts[TABLE].index_select(0, places.flatten().int()).view(*largest.shape, -1)
         wide: Tensor = runs.mul_(largest[:, :, None]).flatten(1)
         return wide
     return ggml.widen(kind, codes)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from krea_local.kernels.rounding import rounded
+from krea_local.kernels.rounding import rounded, scale_of
 from krea_local.kernels.rows import LARGEST, SMALLEST_SCALE, Quantized, Rows
 
 NUMBERS_A_THREAD = 16
@@ -48,13 +48,13 @@ def _kernel(
         )
         if quantized:
             size = tl.maximum(tl.max(tl.abs(first), axis=0), tl.max(tl.abs(number), axis=0))
-            size = tl.maximum(size / largest, smallest_scale)
+            size = scale_of(size, largest, smallest_scale)
             first = rounded(first, size, largest, out.dtype.element_ty)
         else:
             first = first.to(out.dtype.element_ty)
         tl.store(target + early, first, mask=early_inside)
     elif quantized:
-        size = tl.maximum(tl.max(tl.abs(number), axis=0) / largest, smallest_scale)
+        size = scale_of(tl.max(tl.abs(number), axis=0), largest, smallest_scale)
     if quantized:
         tl.store(out_scale + row, size)
         number = rounded(number, size, largest, out.dtype.element_ty)

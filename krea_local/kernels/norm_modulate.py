@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from krea_local.kernels.rounding import rounded
+from krea_local.kernels.rounding import rounded, scale_of
 from krea_local.kernels.rows import EPS, LARGEST, SMALLEST_SCALE, Quantized, Rows
 
 NUMBERS_A_THREAD = 16
@@ -57,7 +57,7 @@ def _kernel(
     offset = tl.load(shift + stream * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
     result = normed * (1.0 + factor) + offset
     if quantized:
-        size = tl.maximum(tl.max(tl.abs(result), axis=0) / largest, smallest_scale)
+        size = scale_of(tl.max(tl.abs(result), axis=0), largest, smallest_scale)
         tl.store(out_scale + row, size)
         result = rounded(result, size, largest, out.dtype.element_ty)
     else:

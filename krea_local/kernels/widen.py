@@ -6,6 +6,8 @@ so that the results are the same bit for bit. What a block's numbers share each 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -163,35 +165,37 @@ def _kernel(
 
 def widen(kind: str, parts: Parts, out: Tensor) -> Tensor:
     """As `fallback.widen`."""
-    codes = parts[CODES]
+    tensors, constants = arguments(kind, parts, out)
+    count = out.numel() // (constants["runs"] * constants["run"])
+    # Unfused, since fusing rounds once less than plain torch.
+    _kernel[(count,)](*tensors, **constants, num_warps=WARPS, enable_fp_fusion=False)
+    return out
+
+
+def arguments(
+    kind: str, parts: Parts, out: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+    """What the kernel is launched with: tensors and constants.
+
+    Codes are bytes, whatever they stand for: GPUs before 8.9 know no 8-bit floats.
+    """
+    codes = parts[CODES].view(torch.uint8)
     count, columns = out.numel(), out.shape[1]
-    other, table, nbytes = codes, codes, 0
+    other = table = codes
+    nbytes = 0
     if kind == "float8":
-        kind, size = "e4m3" if codes.dtype == torch.float8_e4m3fn else "e5m2", columns
-        other = parts["scale"]
+        kind = "e4m3" if parts[CODES].dtype == torch.float8_e4m3fn else "e5m2"
+        other, size = parts["scale"], columns
     elif kind == "4bit":
         other, table = parts["largest"], parts[TABLE]
         size = columns // other.shape[1]
     else:
         size, nbytes, _ = ggml.KINDS[kind]
-    assert out.is_contiguous()
-    assert all(part.is_contiguous() for part in parts.values())
+    tensors = codes, other, table, out
+    assert all(tensor.is_contiguous() for tensor in tensors)
     run = min(RUN, _power_of_two_in(size))
     runs = min(RUNS, _power_of_two_in(count // run))  # which leaves no edge to mask
-    _kernel[(count // (runs * run),)](
-        codes.view(torch.uint8),
-        other,
-        table,
-        out,
-        kind=kind,
-        size=size,
-        nbytes=nbytes,
-        runs=runs,
-        run=run,
-        num_warps=WARPS,
-        enable_fp_fusion=False,  # which rounds once less than plain torch
-    )
-    return out
+    return tensors, {"kind": kind, "size": size, "nbytes": nbytes, "runs": runs, "run": run}
 
 
 def _power_of_two_in(number: int) -> int:
