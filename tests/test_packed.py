@@ -343,6 +343,30 @@ def test_sizes_of_packed_weights_are_those_that_are_loaded(
     assert not wide.eight_bit
 
 
+@pytest.mark.parametrize("offload", ["modulation", "model", "blocks"])
+def test_offloaded_packed_weights_are_all_there_when_they_are_needed(
+    offload: str, files: Path, tiny_folder: Path
+) -> None:
+    # The meta device stands in for a GPU: a tensor left behind on the CPU would be an error.
+    both = {"transformer": files / "flux.safetensors", "text_encoder_2": files / "t5.safetensors"}
+    made = load(tiny_folder, None, offload=offload, packed=True, **both)
+    engine, placing, meta = native(made), made._placing, torch.device("meta")
+    made.device = engine.device = placing.device = meta
+    for stream in (*engine._streams.values(), *filter(None, [placing._t5])):
+        stream.device = meta
+    if offload == "modulation":  # all else is there
+        for module in engine.transformer.step_modules():
+            module.to(meta)
+        made.models.text_encoder.to(meta)
+        made.models.text_encoder_2.to(meta)
+    request = made._with_own_defaults(krea_local.Txt2ImgRequest(prompt="a fox"))
+    assert made.encode_prompt("a fox")[0].device == meta
+    assert made.latents(request, seeds=[1], width=64, height=64).device == meta
+    assert {
+        p.device.type for layer in engine.transformer.modulations() for p in layer.parameters()
+    } == {"cpu"}
+
+
 def test_nothing_is_packed_without_being_asked_where_there_is_no_plan(
     files: Path, tiny_folder: Path
 ) -> None:
