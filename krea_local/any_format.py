@@ -8,6 +8,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,13 +95,79 @@ def check_t5(folder: Path, files: list[Path]) -> None:
         _t5_tensors(files, stored, _empty_t5(folder))
 
 
-def large_weights(folder: Path, files: list[Path], stored: Mapping[str, Stored]) -> set[str]:
-    """Which tensors of `files`, opened as `stored`, are the matrices inside the blocks, by name."""
+@dataclass(frozen=True)
+class _Place:
+    """Where rows of a model's tensor come from.
+
+    Attributes:
+        source: the name of a file's tensor.
+        of_target: the view of the model's tensor that they are.
+        of_source: that of the file's.
+    """
+
+    source: str
+    of_target: View
+    of_source: View
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One tensor of the original checkpoint, from a file that may keep it in pieces.
+
+    Attributes:
+        shape: of it.
+        is_large: whether it is a matrix inside a block.
+        is_modulation: whether it is one of the modulation.
+        pieces: what it is read from, and where that goes.
+    """
+
+    shape: tuple[int, ...]
+    is_large: bool
+    is_modulation: bool
+    pieces: tuple[tuple[Stored, _Place], ...]
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in bfloat16."""
+        return 2 * self.count
+
+    def read(self) -> torch.Tensor:
+        """All of it, in bfloat16, while the file is open."""
+        import torch
+
+        whole = torch.empty(self.shape, dtype=torch.bfloat16)
+        for stored, place in self.pieces:
+            place.of_target(whole).copy_(place.of_source(stored.read()))
+        return whole
+
+
+def fused_tensors(
+    folder: Path, files: list[Path], stored: Mapping[str, Stored]
+) -> dict[str, Fused]:
+    """The transformer's tensors under their original names, of `files` that are opened as `stored`.
+
+    Raises:
+        WeightsInvalid: as `load_transformer`.
+    """
     model, config = empty_transformer(folder)
     places = _places(files, stored, model, config)
-    large = {id(owner.get_submodule(name)) for owner, name in model.large_layers()}
-    layers = [name for name, module in model.named_modules() if id(module) in large]
-    return {place.source for layer in layers for place in places[f"{layer}.weight"]}
+    names = {id(module): name for name, module in model.named_modules()}
+    large = {names[id(owner.get_submodule(name))] for owner, name in model.large_layers()}
+    modulation = {names[id(layer)] for layer in model.modulations()}
+    return {
+        name: Fused(
+            tuple(tensor.shape),
+            name.removesuffix(".weight") in large,
+            name.removesuffix(".weight") in modulation,
+            tuple((stored[place.source], place) for place in places[name]),
+        )
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def load_transformer(
@@ -201,21 +268,6 @@ def as_diffusers(transformer: FluxTransformer, folder: Path) -> FluxTransformer2
     model.load_state_dict(state, assign=True)
     other: FluxTransformer2DModel = model.eval().requires_grad_(False)
     return other
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where rows of a model's tensor come from.
-
-    Attributes:
-        source: the name of a file's tensor.
-        of_target: the view of the model's tensor that they are.
-        of_source: that of the file's.
-    """
-
-    source: str
-    of_target: View
-    of_source: View
 
 
 def _places(

@@ -355,17 +355,27 @@ def _packed_float8(
     return _packed("float8", codes, shape, {"scale": shape[:1]}, others)
 
 
-def _gguf(file: Path, model: ModelName) -> dict[str, Stored]:
+def import_gguf(file: Path) -> Any:
+    """The package gguf, for `file`.
+
+    Raises:
+        KreaError: it is not there.
+    """
     try:
-        from gguf import GGUFReader
+        import gguf
     except ImportError as error:
         raise KreaError(
             f"{str(file)!r} needs the package gguf: pip install 'krea_local[gguf]'"
         ) from error
+    return gguf
+
+
+def _gguf(file: Path, model: ModelName) -> dict[str, Stored]:
+    reader_of = import_gguf(file).GGUFReader
     if not file.is_file():
         raise WeightsNotFound(f"no file {str(file)!r}")
     try:
-        reader = GGUFReader(file)
+        reader = reader_of(file)
         field = reader.fields.get("general.architecture")
         architecture = str(field.contents()) if field else "no model"
         names = {str(tensor.name): tensor for tensor in reader.tensors}
