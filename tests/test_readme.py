@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -166,3 +167,29 @@ def test_the_footprints_are_told_as_computed() -> None:
         for gib in map(need, OFFLOADS):
             assert f"{gib:.1f} GiB" in text
     assert "not yet measured" in README
+
+
+def test_what_packed_files_need_is_what_plans_count() -> None:
+    from benchmarks.random_model import sizes_of
+    from krea_local.plan import FLUX1, GIB, Plan, options
+
+    table = README.split("**Files of fewer bits need less of both.**")[1].split("\n\n")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    files = {
+        "bfloat16": (FLUX1, 16.0),
+        "8-bit floats, bfloat16": (sizes_of("float8"), 16.0),
+        "8-bit floats, 8-bit floats": (sizes_of("float8"), 8.0),
+        "Q4_K, Q8_0": (sizes_of("Q4_K"), 8.5),
+    }
+    assert [row[0] for row in rows] == list(files)
+    for name, *said in rows:
+        sizes, t5_bits = files[name]
+        t5_blocks = tuple(int(size * t5_bits / 16) for size in sizes.t5_blocks)
+        plans = list(options(Plan(dataclasses.replace(sizes, t5_blocks=t5_blocks))))
+        streamed = [plan for plan in plans if plan.offload == "blocks"]
+        counted = (
+            min(plan.peak for plan in streamed if not plan.streamed),
+            min(plan.peak for plan in plans),
+            streamed[0].host,
+        )
+        assert said == [f"{count / GIB:.1f} GiB" for count in counted], name
