@@ -94,7 +94,7 @@ def pin_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
 
 def _pin_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
     runtime: Any = torch.cuda.cudart()
-    error = 0
+    error = unlocked = 0
     for tensor in {id(t): t for t in tensors}.values():
         large = tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST_PINNED
         if not large or tensor.is_pinned():
@@ -102,12 +102,17 @@ def _pin_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         address = tensor.data_ptr()
         failed = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
         if failed:
-            error = failed
+            error, unlocked = failed, unlocked + tensor.nbytes
         else:
             unlock = weakref.finalize(tensor, runtime.cudaHostUnregister, address)
             unlock.atexit = False  # CUDA may be gone by then, and the memory goes anyway
     if error:
-        logger.warning("some host memory cannot be locked: CUDA error %d", error)
+        logger.warning(
+            "%.1f GiB of host memory cannot be locked (CUDA error %d; `ulimit -l` and free memory "
+            "set the limit): copies from there are slower, and the GPU waits for them",
+            unlocked / GIB,
+            error,
+        )
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)  # CUDA reports an error once more, to whoever is next
 

@@ -158,7 +158,7 @@ def test_host_memory_that_cannot_be_locked_is_used_as_it_is(
     monkeypatch.setattr(torch, "zeros", reports)
     model = nn.Linear(512, 1024)
     memory.pin([model], torch.device("cuda", 0))
-    assert "some host memory cannot be locked: CUDA error 2" in caplog.text
+    assert "0.0 GiB of host memory cannot be locked (CUDA error 2; `ulimit -l`" in caplog.text
 
 
 def test_running_out_of_memory_says_what_would_help() -> None:
