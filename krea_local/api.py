@@ -212,12 +212,17 @@ def _load(
         memory = "auto"
     plan = None
     if memory not in (None, "none"):
-        sizes, narrow = loading.sizes(checkpoint, dtype), None
-        if packed is not False and engine == "native":
-            narrow = loading.sizes(checkpoint, dtype, packed=True)
-            narrow = None if narrow == sizes else narrow
+        sizes = loading.sizes(checkpoint, dtype)
+        narrow = sizes if packed is False else loading.sizes(checkpoint, dtype, packed=True)
         plan = choose_plan(
-            sizes, memory, device, dtype, batch_size, level, packed=narrow, always=bool(packed)
+            sizes,
+            memory,
+            device,
+            dtype,
+            batch_size,
+            level,
+            packed=None if narrow == sizes else narrow,
+            always=packed is True,
         )
         offload, packed = plan.offload, plan.packed
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
@@ -234,7 +239,7 @@ def _load(
                 device=home,
                 modulation_device=home if offload == "none" else cpu,
                 engine=engine,
-                packed=bool(packed),
+                packed=packed is True,
                 on_bytes=bar.advance,
             )
     finally:
