@@ -62,7 +62,8 @@ def _compare(name: str, seconds: int, large: str, tiny: str) -> Stage:
 
 
 def _packed(kind: str) -> Stage:
-    large, tiny = f"--model random-12b:{kind} --runs 3", f"{TINY} --image-size 64x96"
+    packed = TINY.replace("tiny", "tiny:float8" if kind == "float8" else "tiny:Q8_0")
+    large, tiny = f"--model random-12b:{kind} --runs 3", f"{packed} --image-size 64x96"
     return _stage(f"packed-{kind}", 40, "benchmarks.latency", large, tiny)
 
 
@@ -162,6 +163,7 @@ def main(arguments: list[str] | None = None, *, stages: Sequence[Stage] = STAGES
             ended = "ended, out of time" if code is None else f"exit status {code}"
             print(f"{stage.name}: {seconds:.0f} s, {ended}", flush=True)
             codes.append(code)
+    print(f"results: {options.folder / RESULTS}, what was printed: {options.folder / LOG}")
     return int(any(code != 0 for code in codes))
 
 

@@ -9,7 +9,9 @@ faster on an H200), so a benchmark needs no licence and no download.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -255,9 +257,26 @@ def krea_of(
 ) -> Krea:
     """A Krea for a benchmark: "random-12b" or a packed one, or anything that `load` takes.
 
+    "tiny:float8", "tiny:Q8_0" are the small models' likes, to rehearse with.
+
     With `memory`, which is `load`'s, `offload` is not asked.
     """
     name, _, kind = model.partition(":")
+    if name in ("tiny", "mini") and kind:
+        with tempfile.TemporaryDirectory() as folder:
+            suffix = {"float8": ".safetensors", "Q8_0": ".gguf"}[kind]
+            file = krea_local.convert(Path(folder) / f"{name}{suffix}", name, progress=False)
+            return krea_local.load(
+                name,
+                transformer=file,
+                packed=True,
+                device=device,
+                dtype=dtype,
+                offload=offload,
+                batch_size=batch_size,
+                acceleration=acceleration,
+                progress=False,
+            )
     if name != RANDOM:
         return krea_local.load(
             model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict, get_args
 
@@ -15,6 +16,7 @@ from krea_local.errors import (
     DeviceUnavailable,
     InvalidRequest,
     KreaError,
+    KreaWarning,
     WeightsNotFound,
 )
 from krea_local.safety import THRESHOLD
@@ -79,8 +81,9 @@ def load(
         memory: how much of the GPU's memory to take: "auto" for what is free, an amount such as
             "12GB", or "none" for as much as the whole model needs. The fastest way that fits is
             taken, and a slower one if memory runs out later; `krea.plan` tells which. The picture
-            is the same. Default: "auto" on one GPU, unless `offload` is given. It is what weights
-            and activations take; torch's allocator may hold some more.
+            is the same, but for rounding where it has to be decoded in strips. Default: "auto" on
+            one GPU, unless `offload` is given. It is what weights and activations take; torch's
+            allocator may hold some more.
         offload: the same by name, whatever is free: "none" keeps all on the GPU, about 33 GiB at 1
             megapixel; "modulation" leaves the 27 % of the transformer on the CPU that an image
             needs once, about 27 GiB; "model" also lets encoders, transformer and VAE take turns,
@@ -190,6 +193,7 @@ def _load(
 
     from krea_local import loading, weights
     from krea_local.memory import check_offload, explained_out_of_memory, pin
+    from krea_local.packed import packed_layers
     from krea_local.pipeline import Krea
     from krea_local.progress import Bar
     from krea_local.safety import SafetyChecker
@@ -244,6 +248,9 @@ def _load(
             )
     finally:
         bar.close()
+    if packed and not (packed_layers(models.transformer) or packed_layers(models.text_encoder_2)):
+        notice = "packed=True: the weights have full width, so there is nothing to keep packed"
+        warnings.warn(notice, KreaWarning, stacklevel=3)
 
     def load_safety_checker() -> SafetyChecker:
         with _loading, weights.hub_bars(show=progress):
@@ -436,12 +443,15 @@ def choose_plan(
     from krea_local.speed import eight_bit_of
 
     budget = None if memory == "auto" else plan.parse_budget(memory)
+    way_out = "free the GPU" if device.type == "cuda" else "give that much"
     if device.type == "cuda":
         gc.collect()  # models that are no longer used
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         # What CUDA's libraries load later, and what others on this GPU come to need.
         free -= max(total // 20, plan.GIB // 4)
+        if budget is not None and budget <= free:
+            way_out = "give that much"
         budget = free if budget is None else min(budget, free)
     if budget is None:
         raise InvalidRequest("memory='auto': is for a GPU; on the CPU give an amount, or nothing")
@@ -458,6 +468,8 @@ def choose_plan(
         host=available_host_memory(),
         batch=batch_size,
         eight_bit=eight_bit is not None,
+        asked=f"memory={memory!r}",
+        way_out=way_out,
     )
     rates = measure(device, dtype, eight_bit) if device.type == "cuda" else None
     return replace(chosen, rates=rates)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from krea_local.errors import KreaError, UnsupportedModel, WeightsInvalid, WeightsNotFound
-from krea_local.files import FLOAT8, FLOATS, check_safetensors
+from krea_local.files import AGAIN, FLOAT8, FLOATS, check_safetensors
 from krea_local.kernels import PLAIN, ggml
 from krea_local.kernels.rows import CODES, TABLE
 from krea_local.packed import Packing
@@ -381,8 +381,10 @@ def _gguf(file: Path, model: ModelName) -> dict[str, Stored]:
         names = {str(tensor.name): tensor for tensor in reader.tensors}
         shapes = {name: _gguf_shape(reader, tensor) for name, tensor in names.items()}
     except Exception as error:  # a damaged file fails at it in any way
-        reason = str(error) or type(error).__name__
-        raise WeightsInvalid(f"{str(file)!r} is truncated or not GGUF: {reason}") from error
+        size = file.stat().st_size
+        raise WeightsInvalid(
+            f"{str(file)!r} is truncated or not GGUF, as far as its {size:,} bytes go: {AGAIN}"
+        ) from error
     if architecture not in GGUF_ARCHITECTURES:
         known = ", ".join(GGUF_ARCHITECTURES)
         raise UnsupportedModel(f"{str(file)!r} is a GGUF of {architecture!r}: read are {known}")

@@ -35,7 +35,7 @@ PASSES = 16  # over all rows in a block, beside the products: 12 in a double, 18
 ATTENTION = 0.8  # of the rate of products, that the best attention reaches
 TABLES = 80 * 10**6  # modulation of all steps and blocks
 PLACES = 3  # of streamed blocks
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -310,21 +310,19 @@ class Plan:
                 rows[2] = (*rows[2][:2], said if self.t5_resident < t5_count else kept[True])
         if self.strips:
             rows[4] = (*rows[4][:2], f"{rows[4][2]}, and decodes in strips")
-        lines = [f"{name:17}{size / GIB:6.2f} GiB  {where}" for name, size, where in rows]
-        lines += [
-            f"{'peak, ' + name:17}{size / GIB:6.2f} GiB" for name, size in self.stages.items()
-        ]
+        lines = [f"{name:17}{_said(size):>10}  {where}" for name, size, where in rows]
+        lines += [f"{'peak, ' + name:17}{_said(size):>10}" for name, size in self.stages.items()]
         if self.adapters:
-            lines.append(f"{'LoRAs':17}{self.adapters / GIB:6.2f} GiB  {kept[True]}")
+            lines.append(f"{'LoRAs':17}{_said(self.adapters):>10}  {kept[True]}")
         if self.budget is not None:
-            lines.append(f"{'of':17}{self.budget / GIB:6.2f} GiB")
+            lines.append(f"{'of':17}{_said(self.budget):>10}  ({self.budget / 1e9:.2f} GB)")
         if self.streamed:
-            lines.append(f"{'copied a step':17}{self.streamed / 1e9:6.2f} GB")
+            lines.append(f"{'copied a step':17}{_said(self.streamed):>10}")
         computing, copying = self.computing, self.copying
         if computing is not None and copying is not None:
             what = "copying sets the pace" if copying > computing else "copying is hidden by it"
             what = f"computes {computing:.2f} s, copies {copying:.2f} s: {what}" if copying else ""
-            lines.append(f"{'a step, about':17}{max(computing, copying):6.2f} s    {what}".rstrip())
+            lines.append(f"{'a step, about':17}{max(computing, copying):8.2f} s  {what}".rstrip())
         if self.packed:
             lines.append(f"{'weights':17}packed, as in their files")
         if self.reasons:
@@ -346,7 +344,7 @@ class Plan:
             all_blocks = "all blocks" if not plan.t5_streamed else "the transformer's blocks"
             way = ways.get(plan.offload, all_blocks)
             found[way] = min(found.get(way, plan.peak), plan.peak)
-        return [f"{way} would take {peak / GIB:.2f} GiB" for way, peak in found.items()]
+        return [f"{way} would take {_said(peak)}" for way, peak in found.items()]
 
 
 def options(plan: Plan) -> Iterator[Plan]:
@@ -409,6 +407,8 @@ def choose(
     pixels: int = 2**20,
     batch: int = 1,
     eight_bit: bool = False,
+    asked: str = "memory",
+    way_out: str = "free the GPU",
 ) -> Plan:
     """The fastest plan that takes no more than `budget` bytes.
 
@@ -421,6 +421,8 @@ def choose(
         pixels: of the images.
         batch: images that are denoised together.
         eight_bit: whether the blocks are also needed in 8 bits.
+        asked: what an error calls the budget.
+        way_out: what an error says to do, if it is too little.
 
     Raises:
         OutOfMemory: none does; says what the smallest one needs.
@@ -440,16 +442,21 @@ def choose(
     if fitting:
         least = min(fitting, key=lambda plan: plan.host)
         raise OutOfMemory(
-            f"memory: {budget / GIB:.1f} GiB on the GPU do not hold the model; it has to be in "
-            f"host memory, which takes {least.host / GIB:.1f} GiB and has {(host or 0) / GIB:.1f} "
+            f"{asked}: {_said(budget)} on the GPU do not hold the model; it has to be in host "
+            f"memory, which takes {least.host / GIB:.1f} GiB and has {(host or 0) / GIB:.1f} "
             "available: free some of either, or take files of fewer bits (weights.md)"
         )
     least = min(plans, key=lambda plan: plan.peak)
     stage = max(least.stages, key=lambda name: least.stages[name])
     raise OutOfMemory(
-        f"memory: {budget / GIB:.2f} GiB are too little: at {pixels / 2**20:.1f} megapixels the "
-        f"least is {least.peak / GIB:.2f} GiB, for the stage {stage!r}; free the GPU"
+        f"{asked}: {_said(budget)} are too little: at {pixels / 2**20:.1f} megapixels the least is "
+        f"{_said(least.peak)} ({least.peak / 1e9:.2f} GB), for the stage {stage!r}; {way_out}"
     )
+
+
+def _said(nbytes: int) -> str:
+    """So many bytes, in words."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def need(offload: Offload) -> float:
@@ -472,6 +479,7 @@ def parse_budget(memory: object) -> int:
         or not float(found[1]) * unit < 2**60
     ):
         raise InvalidRequest(
-            f"memory={memory!r}: should be 'auto', 'none' or an amount such as '12GB' or '11.5GiB'"
+            f"memory={memory!r}: should be 'auto', 'none' or an amount and its unit, such as "
+            "'12GB' or '11.5GiB'"
         )
     return int(float(found[1]) * unit)

@@ -154,8 +154,21 @@ def run(parsed: argparse.Namespace) -> int:
     def on_ready(text: str) -> None:
         print(f"krea-local: {one_line(text)}", flush=True)
 
+    def on_stopping() -> None:
+        print(
+            "krea-local: stopping when the pictures under way are done; Ctrl-C again: at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
     files = None if certificate is None else (str(certificate.chain), str(certificate.key))
-    app.serve(settings, on_listening=on_listening, on_ready=on_ready, certificate=files)
+    app.serve(
+        settings,
+        on_listening=on_listening,
+        on_ready=on_ready,
+        on_stopping=on_stopping,
+        certificate=files,
+    )
     return OK
 
 

@@ -175,7 +175,13 @@ def find(
             raise InvalidRequest(f"model={str(path)!r} is a transformer, and so is transformer=")
         apart["transformer"] = _weights_file("model", path)
         model = _beside(path) or _default_folder()
-    checkpoint = _find(model, tuple(apart), token=token, fetch=fetch)
+    try:
+        checkpoint = _find(model, tuple(apart), token=token, fetch=fetch)
+    except WeightsNotFound as error:
+        if model is None and "transformer" in apart:
+            name = apart["transformer"].name
+            raise WeightsNotFound(f"{name!r} is a transformer; of the rest: {error}") from error
+        raise
     if "transformer" in apart:
         name = apart["transformer"].stem
         family = _guess_family(name, default=checkpoint.family)

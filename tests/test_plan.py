@@ -161,14 +161,14 @@ def test_a_smaller_plan_is_not_in_strips_before_it_must_be() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("12GB", 12 * 10**9), ("11.5 GiB", int(11.5 * GIB)), (" 800mb", 8 * 10**8), ("7", 7)],
+    [("12GB", 12 * 10**9), ("11.5 GiB", int(11.5 * GIB)), (" 800mb", 8 * 10**8), ("7B", 7)],
 )
 def test_amounts(text: str, size: int) -> None:
     assert parse_budget(text) == size
 
 
 @pytest.mark.parametrize(
-    "text", [12, None, "", "GB", "-3GB", "12 apples", "1e9", "12,5GB", "9999999999GB"]
+    "text", [12, None, "", "7", "GB", "-3GB", "12 apples", "1e9", "12,5GB", "9999999999GB"]
 )
 def test_amounts_that_are_none(text: object) -> None:
     with pytest.raises(InvalidRequest, match="should be 'auto', 'none' or an amount"):

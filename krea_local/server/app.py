@@ -247,11 +247,13 @@ class _Server(uvicorn.Server):
         app: App,
         on_listening: Callable[[str], None],
         on_ready: Callable[[str], None],
+        on_stopping: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._app = app
         self._on_listening = on_listening
         self._on_ready = on_ready
+        self._on_stopping = on_stopping
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -281,6 +283,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
+        else:
+            self._on_stopping()
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -295,6 +299,7 @@ def serve(
     *,
     on_listening: Callable[[str], None],
     on_ready: Callable[[str], None],
+    on_stopping: Callable[[], None] = lambda: None,
     certificate: tuple[str, str] | None = None,
 ) -> None:
     """Serve until a signal says otherwise.
@@ -325,7 +330,7 @@ def serve(
         ssl_certfile=certificate and certificate[0],
         ssl_keyfile=certificate and certificate[1],
     )
-    server = _Server(config, app, on_listening, on_ready)
+    server = _Server(config, app, on_listening, on_ready, on_stopping)
 
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # Bound here, so that a port in use is told before a model is loaded, and in one line.
