@@ -286,8 +286,13 @@ class Plan:
 
     def __str__(self) -> str:
         """A table: part, where, bytes; what a step takes; and what would be faster."""
-        if self.offload == "blocks" and self.in_eight_bit.sizes != self.sizes:
-            return str(self.in_eight_bit)
+        shown = self.in_eight_bit if self.offload == "blocks" else self
+        lines = shown._lines()
+        if self.reasons:
+            lines.append(f"{'why':17}{'; '.join(self.reasons)}")
+        return "\n".join(lines)
+
+    def _lines(self) -> list[str]:
         sizes, streams = self.sizes, self.offload == "blocks"
         kept = {True: "stays on the GPU", False: "visits it"}
         all_stay = self.offload in ("none", "modulation")
@@ -301,6 +306,8 @@ class Plan:
         ]
         if self.offload == "none":
             rows[1] = (*rows[1][:2], kept[True])
+        if all_stay and self._eight_bit:
+            rows.insert(1, ("  and in 8 bits", self._eight_bit, kept[True]))
         if streams:
             count, t5_count = len(sizes.blocks), len(sizes.t5_blocks)
             said = f"{self.resident} of {count} blocks stay, the others visit it at every step"
@@ -325,24 +332,22 @@ class Plan:
             lines.append(f"{'a step, about':17}{max(computing, copying):8.2f} s  {what}".rstrip())
         if self.packed:
             lines.append(f"{'weights':17}packed, as in their files")
-        if self.reasons:
-            lines.append(f"{'why':17}{'; '.join(self.reasons)}")
-        return "\n".join(lines)
+        return lines
 
     @property
     def reasons(self) -> list[str]:
         """What would be faster, and how much it would take."""
         found: dict[str, int] = {}
-        for plan in options(self):
+        ways = {"none": "all on the GPU", "modulation": "all but modulation"}
+        shown = self.in_eight_bit
+        streamed = [one for one in options(shown) if one.offload == "blocks"]
+        for plan in (*(one for one in options(self) if one.offload != "blocks"), *streamed):
             if self.budget is None or plan.peak <= self.budget:
                 break
-            if plan.offload == "blocks" and (
-                plan.streamed or (plan.t5_streamed and not self.streamed)
-            ):
+            if plan.streamed or (plan.t5_streamed and not shown.streamed):
                 continue
-            ways = {"none": "all on the GPU", "modulation": "all but modulation"}
-            all_blocks = "all blocks" if not plan.t5_streamed else "the transformer's blocks"
-            way = ways.get(plan.offload, all_blocks)
+            blocks = "the transformer's blocks" if plan.t5_streamed else "all blocks"
+            way = ways.get(plan.offload, blocks)
             found[way] = min(found.get(way, plan.peak), plan.peak)
         return [f"{way} would take {_said(peak)}" for way, peak in found.items()]
 
