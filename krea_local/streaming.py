@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -110,25 +111,24 @@ class _Block:
     """A block's weights in one piece of host memory, to be copied at once."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.weights: list[_Weight] = []
-        tensors, starts, size = [], [], 0
         stores = [
             (store, name, tensor)
             for store in _stores(modules)
             for name, tensor in store.items()
             if tensor is not None
         ]
-        for _, _, tensor in stores:
-            tensors.append(tensor)
-            starts.append(size)
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        home = _home_of(tensors, size)
-        if home is not None:
+        tensors = [tensor for _, _, tensor in stores]
+        ends = accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+        *starts, size = 0, *ends
+        shared = _home_of(tensors, size)
+        if shared is not None:
             starts = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
-        for (store, name, tensor), start in zip(stores, starts, strict=True):
-            self.weights.append(_Weight(store, name, start, tensor.shape, tensor.dtype))
-        self.home = torch.empty(size, dtype=torch.uint8) if home is None else home
-        if home is None:
+        self.home = torch.empty(size, dtype=torch.uint8) if shared is None else shared
+        self.weights = [
+            _Weight(store, name, start, tensor.shape, tensor.dtype)
+            for (store, name, tensor), start in zip(stores, starts, strict=True)
+        ]
+        if shared is None:
             for weight, tensor in zip(self.weights, tensors, strict=True):
                 weight.view(self.home).copy_(tensor)
         self._at_home = self.views(self.home)
