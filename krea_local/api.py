@@ -261,6 +261,7 @@ def _load(
         models,
         device=device,
         label=checkpoint.label,
+        least_side=checkpoint.least_side,
         guidance_scale=checkpoint.family.guidance_scale,
         acceleration=level,
         offload=offload,

@@ -120,6 +120,7 @@ class Krea:
         models: the parts, in one dtype, on `device`, or on the CPU where `offload` says so.
         device: where the pictures are made.
         label: what recipes call the model.
+        least_side: in pixels, below which it draws worse and says so.
         guidance_scale: default of calls that name none.
         acceleration: default of calls that name none.
         offload: what stays on the device, where no `plan` says so.
@@ -146,6 +147,7 @@ class Krea:
         label: str,
         guidance_scale: float,
         load_safety_checker: Callable[[], SafetyChecker],
+        least_side: int = 0,
         acceleration: Acceleration = "none",
         offload: Offload = "none",
         plan: Plan | None = None,
@@ -159,6 +161,7 @@ class Krea:
         vae.prepare(models.vae, device)
         self.dtype: torch.dtype = models.transformer.dtype
         self.label = label
+        self.least_side = least_side
         self.guidance_scale = guidance_scale
         self.acceleration = acceleration
         self.batch_size = batch_size
@@ -452,6 +455,11 @@ class Krea:
             check()
 
         input_image, size, notices = self._plan_size(request, check_both)
+        if min(size) < self.least_side:
+            notices.append(
+                f"{self.label} knows pictures of {self.least_side} pixels a side and more: at "
+                f"{size[0]}x{size[1]} shapes are lost"
+            )
         loras = self._find_loras(request, check_both)
         return Prepared(tuple(loras), input_image, size, tuple(notices))
 

@@ -92,6 +92,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 
 # The trained miniature, which comes with the package; benchmarks/miniature has how it was made.
 MINI_FOLDER = Path(__file__).parent / "mini"
+MINI_SIDE = 512  # the smallest that it was trained at
 SAFETY_CHECKER_REPO = "Falconsai/nsfw_image_detection"
 SAFETY_CHECKER_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 MODEL_VARIABLE = "KREA_LOCAL_MODEL"
@@ -127,6 +128,7 @@ class Checkpoint:
         transformer_file: a transformer outside `folder`, or None.
         text_encoder_2_file: T5 outside `folder`, or None.
         offline: it came from a folder, so nothing that belongs to it is fetched either.
+        least_side: of pictures that it was trained on, in pixels, where that is known.
     """
 
     label: str
@@ -135,6 +137,7 @@ class Checkpoint:
     transformer_file: Path | None = None
     text_encoder_2_file: Path | None = None
     offline: bool = True
+    least_side: int = 0
 
 
 def find(
@@ -203,7 +206,7 @@ def _find(
     if text == "tiny":
         return Checkpoint(label="tiny", family=KREA, folder=_tiny_folder())
     if text == "mini":
-        return Checkpoint(label="mini", family=KREA, folder=MINI_FOLDER)
+        return Checkpoint(label="mini", family=KREA, folder=MINI_FOLDER, least_side=MINI_SIDE)
     on_hub = find_repo(text)
     if on_hub is None:
         return _find_folder(expanded(text))

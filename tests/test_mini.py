@@ -161,3 +161,10 @@ def test_diffusers_draws_the_same_from_the_same_folder(mini: krea_local.Krea) ->
         output_type="np",
     ).images[0]
     assert np.abs(ours - theirs).max() < 0.03
+
+
+def test_below_the_sizes_it_knows_it_says_so(mini: krea_local.Krea) -> None:
+    small = {"width": 512, "height": 256}
+    with pytest.warns(krea_local.KreaWarning, match="512 pixels a side and more: at 512x256"):
+        result = mini.txt2img("a red square", image_size=small, num_inference_steps=1)
+    assert len(result.notices) == 1
