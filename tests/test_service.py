@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
 import os
 import random
 import re
@@ -515,8 +516,9 @@ def test_a_stopped_server_hands_back_what_runs_and_the_next_one_draws_it(
 
 
 def test_weights_that_are_not_there_are_told_at_once_and_jobs_wait(
-    start: Callable[..., Running], tmp_path: Path
+    start: Callable[..., Running], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "krea_local.server.dispatch")
     one = start(model=str(tmp_path / "nowhere"))
     one.until(lambda: bool(one.service.workers()[0].reason))
     facts = one.service.workers()[0]
@@ -527,6 +529,12 @@ def test_weights_that_are_not_there_are_told_at_once_and_jobs_wait(
     found = one.service.get(job.id)
     assert found is not None
     assert found.state == "queued"
+
+    def levels() -> list[str]:
+        return [one.levelname for one in caplog.records if "the worker of" in one.getMessage()]
+
+    one.until(lambda: len(levels()) > 1)
+    assert levels()[:2] == ["ERROR", "INFO"]  # the same again is no news
     one.stop()
     with pytest.raises(Unavailable, match="stopping"):
         one.service._refuse_if_unavailable()

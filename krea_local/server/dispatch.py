@@ -129,16 +129,19 @@ class Dispatcher:
 
     async def _tend(self, worker: Worker) -> None:
         """Keep a worker going, with whatever is next."""
-        pause = FIRST_PAUSE
+        pause, said = FIRST_PAUSE, ""
         while not self._stopping:
             try:
                 await worker.load()
                 while True:
                     taken, waiting = await self._next(worker)
-                    pause = FIRST_PAUSE
+                    pause, said = FIRST_PAUSE, ""
                     await self._run(worker, taken, waiting)
             except WorkerDied as error:
-                logger.error("the worker of %s: %s", worker.facts.device, error)
+                again = str(error) == said  # each attempt fails alike where weights are missing
+                level = logging.INFO if again else logging.ERROR
+                logger.log(level, "the worker of %s: %s", worker.facts.device, error)
+                said = str(error)
             except Exception:  # a fault of ours must not leave a GPU without its keeper
                 logger.exception("the keeper of %s begins anew", worker.facts.device)
             if not self._stopping:
