@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,7 @@ def measure(
     nbytes: int = BYTES,
     tokens: int = TOKENS,
 ) -> Rates | None:
-    """Those of `device`, the best of some tries; None where it has no memory to try.
+    """Those of `device`, the best of some tries; None where trying fails.
 
     Takes some tens of milliseconds and about 260 MiB, which are given back.
 
@@ -44,12 +45,16 @@ def measure(
         nbytes: to copy.
         tokens: rows of the products.
     """
+    # Triton launches on the thread's current GPU, wherever the tensors are.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        rates = _measure(device, dtype, nbytes, tokens)
-        if eight_bit is not None:
-            rates = replace(rates, eight_bit=_measure_eight_bit(device, dtype, eight_bit, tokens))
-    except torch.OutOfMemoryError:
-        logger.info("no memory to measure rates in", exc_info=True)
+        with current, torch.inference_mode():
+            rates = _measure(device, dtype, nbytes, tokens)
+            if eight_bit is not None:
+                found = _measure_eight_bit(device, dtype, eight_bit, tokens)
+                rates = replace(rates, eight_bit=found)
+    except Exception:  # little memory, say: a plan without them is as good
+        logger.info("no rates are known", exc_info=True)
         rates = None
     if device.type == "cuda":
         torch.cuda.empty_cache()
