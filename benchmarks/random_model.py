@@ -149,11 +149,11 @@ def empty_transformer(kind: str, dtype: torch.dtype) -> FluxTransformer:
     with torch.device("meta"):
         model = FluxTransformer(Config.of(CONFIGS["transformer"]))
     if kind:
-        large = {id(owner.get_submodule(name)) for owner, name in model.large_layers()}
-        large |= {id(layer) for layer in model.modulations()}
-        layers = {name: one for name, one in model.named_modules() if id(one) in large}
-        shapes = {name: tuple(one.get_parameter("weight").shape) for name, one in layers.items()}
-        model.pack({name: packing(kind, shape) for name, shape in shapes.items()}, dtype)
+        packings = {
+            name: packing(kind, tuple(model.get_parameter(f"{name}.weight").shape))
+            for name in set().union(*model.layer_names())
+        }
+        model.pack(packings, dtype)
     return model
 
 
@@ -294,9 +294,10 @@ def krea_of(
     plan = None
     if memory is not None:
         assert number == torch.bfloat16, "FLUX1's sizes are those in bfloat16"
-        sizes = sizes_of(kind) if kind else FLUX1
-        plan = choose_plan(sizes, memory, place, number, batch_size, acceleration)
-        plan = dataclasses.replace(plan, packed=bool(kind))
+        packed = sizes_of(kind) if kind else None
+        plan = choose_plan(
+            FLUX1, memory, place, number, batch_size, acceleration, packed=packed, always=True
+        )
         offload = plan.offload
     checker = weights.find("tiny").folder / "safety_checker"
     krea = Krea(

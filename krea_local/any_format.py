@@ -156,9 +156,7 @@ def fused_tensors(
     """
     model, config = empty_transformer(folder)
     places = _places(files, stored, model, config)
-    names = {id(module): name for name, module in model.named_modules()}
-    large = {names[id(owner.get_submodule(name))] for owner, name in model.large_layers()}
-    modulation = {names[id(layer)] for layer in model.modulations()}
+    large, modulation = model.layer_names()
     return {
         name: Fused(
             tuple(tensor.shape),
@@ -198,12 +196,10 @@ def load_transformer(
         places = _places(files, stored, model, config)
         packings = _packings(stored, model, places) if packed else {}
         model.pack(packings, dtype)
-        modulations = {id(layer) for layer in model.modulations()}
         apart = {
             f"{name}.{kind}": devices[1]
-            for name, module in model.named_modules()
-            if id(module) in modulations
-            for kind in module._parameters
+            for name in model.layer_names()[1]
+            for kind in model.get_submodule(name)._parameters
         }
         state = give_memory(model, dtype, devices[0], apart)
         pairs: dict[str, list[tuple[torch.Tensor, View]]] = {}
@@ -308,15 +304,13 @@ def _packings(
 ) -> dict[str, Packing]:
     """How the files' large layers are packed, by name; those that are, and in one way."""
     found = {}
-    large = {id(owner.get_submodule(name)) for owner, name in model.large_layers()}
-    large |= {id(layer) for layer in model.modulations()}
-    for name, module in model.named_modules():
-        if id(module) not in large:
-            continue
+    for name in set().union(*model.layer_names()):
         kept = [stored[place.source].packed for place in places[f"{name}.weight"]]
         packings = [one.packing for one in kept if one is not None]
         if len(packings) == len(kept) and all(packings[0].joins(one) for one in packings):
-            found[name] = packings[0].of_rows(cast("Linear", module).out_features)
+            found[name] = packings[0].of_rows(
+                cast("Linear", model.get_submodule(name)).out_features
+            )
     return found
 
 
@@ -369,12 +363,12 @@ def _keep_scales(
     from krea_local.layers import Linear
     from krea_local.packed import PackedLinear
 
-    names = {id(module): name for name, module in model.named_modules()}
-    for linear in (owner.get_submodule(attribute) for owner, attribute in model.large_layers()):
+    for layer in model.layer_names()[0]:
+        linear = model.get_submodule(layer)
         assert isinstance(linear, Linear)
         if isinstance(linear, PackedLinear):
             continue
-        layer, scale = names[id(linear)], torch.zeros(linear.out_features)
+        scale = torch.zeros(linear.out_features)
         for place in places[f"{layer}.weight"]:
             own = stored[place.source].packed
             if own is None or own.codes.dtype != torch.float8_e4m3fn:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from krea_local.plan import Plan, Sizes
     from krea_local.progress import OnStep
     from krea_local.result import Result
+    from krea_local.weights import Checkpoint
 
 
 def load(
@@ -201,16 +202,13 @@ def _load(
     given_offload, offload = offload, check_offload("none" if offload is None else offload)
     device = choose_device(device if group is None else group.device)
     dtype = choose_dtype(dtype, device)
-    try:
-        with weights.hub_bars(show=progress):
-            checkpoint = weights.find(
-                model, transformer=transformer, text_encoder_2=text_encoder_2, token=token
-            )
-        loading.check_layout(checkpoint)
-    except KreaError:
-        raise
-    except OSError as error:  # a folder without permission, a name that is too long
-        raise WeightsNotFound(f"cannot look at {model!r}: {error.strerror or error}") from error
+    checkpoint = _find(
+        model,
+        transformer=transformer,
+        text_encoder_2=text_encoder_2,
+        token=token,
+        progress=progress,
+    )
     alone = group is None and engine == "native"
     if memory is None and given_offload is None and device.type == "cuda" and alone:
         memory = "auto"
@@ -218,15 +216,9 @@ def _load(
     if memory not in (None, "none"):
         sizes = loading.sizes(checkpoint, dtype)
         narrow = sizes if packed is False else loading.sizes(checkpoint, dtype, packed=True)
+        own = None if narrow == sizes else narrow
         plan = choose_plan(
-            sizes,
-            memory,
-            device,
-            dtype,
-            batch_size,
-            level,
-            packed=None if narrow == sizes else narrow,
-            always=packed is True,
+            sizes, memory, device, dtype, batch_size, level, packed=own, always=packed is True
         )
         offload, packed = plan.offload, plan.packed
     bar = Bar(loading.checkpoint_bytes(checkpoint), show=progress, unit="B")
@@ -277,6 +269,30 @@ def _load(
     with torch.inference_mode():
         krea.prepare(level)  # compiles kernels, so that the first picture need not
     return krea
+
+
+def _find(
+    model: str | os.PathLike[str] | None,
+    *,
+    transformer: str | os.PathLike[str] | None,
+    text_encoder_2: str | os.PathLike[str] | None,
+    token: str | None,
+    progress: bool,
+) -> Checkpoint:
+    """Where the model's files are, after seeing that they are a model's; raises as `load`."""
+    from krea_local import loading, weights
+
+    try:
+        with weights.hub_bars(show=progress):
+            checkpoint = weights.find(
+                model, transformer=transformer, text_encoder_2=text_encoder_2, token=token
+            )
+        loading.check_layout(checkpoint)
+    except KreaError:
+        raise
+    except OSError as error:  # a folder without permission, a name that is too long
+        raise WeightsNotFound(f"cannot look at {model!r}: {error.strerror or error}") from error
+    return checkpoint
 
 
 @documented(Txt2ImgRequest)
@@ -362,17 +378,14 @@ def kept(model: str | os.PathLike[str] | None, options: LoadOptions | None = Non
     key = f"{name} {options}" if options else name
     with _keeping:
         if key not in _kept_models:
-            from krea_local import loading, weights
-
             # Before the model that is kept is given up, see that there is another.
-            with _loading, weights.hub_bars(show=options.get("progress", True)):
-                loading.check_layout(
-                    weights.find(
-                        name or None,
-                        transformer=options.get("transformer"),
-                        text_encoder_2=options.get("text_encoder_2"),
-                        token=options.get("token"),
-                    )
+            with _loading:
+                _find(
+                    name or None,
+                    transformer=options.get("transformer"),
+                    text_encoder_2=options.get("text_encoder_2"),
+                    token=options.get("token"),
+                    progress=options.get("progress", True),
                 )
             for other in _kept_models.values():
                 other.wait_until_idle()

@@ -302,6 +302,12 @@ class FluxTransformer(nn.Module):
             yield single, "linear1"
             yield single, "linear2"
 
+    def layer_names(self) -> tuple[set[str], set[str]]:
+        """The names of `large_layers` and of `modulations`."""
+        names = {id(module): name for name, module in self.named_modules()}
+        large = {names[id(owner.get_submodule(name))] for owner, name in self.large_layers()}
+        return large, {names[id(layer)] for layer in self.modulations()}
+
     def pack(self, packings: Mapping[str, Packing], dtype: torch.dtype) -> None:
         """Make room for packed weights in linear layers, by name, instead of wide ones.
 

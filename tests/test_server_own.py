@@ -170,6 +170,7 @@ def test_a_stopped_server_goes_on_where_it_was(tmp_path: Path) -> None:
         assert set(states) <= {"queued", "running", "done"}
         assert states[-1] != "done"
         second.process.send_signal(signal.SIGINT)
+        second.wait_for("stopping when the pictures under way are done")
         assert second.end(signal.SIGINT) != 1  # the second one at once
 
 
